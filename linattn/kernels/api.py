@@ -1,0 +1,90 @@
+"""The public functions of the one operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from linattn.state import AttentionState
+
+if TYPE_CHECKING:
+    from linattn.kernels.protocols import KernelFeatureMap
+
+
+class AttentionOutput(NamedTuple):
+    """Result of an attention call.
+
+    Attributes:
+        out: ``[B, T, H, V]`` in the dtype of ``v``; zero at padded queries.
+        state: the memory after the last token if ``return_state``, else None.
+    """
+
+    out: Tensor
+    state: AttentionState | None = None
+
+
+def kernel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: KernelFeatureMap | None,
+    window: int = 0,
+    sinks: int = 0,
+    far: bool = True,
+    decay: Tensor | None = None,
+    far_bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    q_far: Tensor | None = None,
+    k_far: Tensor | None = None,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    lookback: int = 0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Attention over ``window`` recent tokens and ``sinks`` exactly, over the rest through feature maps.
+
+    For query t, near(t) = sinks ∪ the last ``window`` tokens (t included) and far(t) = every earlier token not near:
+
+        out_t = Σ_i w_ti v_i / Σ_i w_ti,   w_ti = exp(scale · q_t·k_i)                        for i in near(t)
+                                           w_ti = exp(far_bias + G_t − G_i) φ_q(q_t)·φ_k(k_i)  for i in far(t)
+
+    with G the running sum of ``decay``. One normaliser for both, computed in log space.
+
+    Args:
+        q: ``[B, T, H, D]``. k: ``[B, Tk, Hkv, D]``. v: ``[B, Tk, Hkv, V]``. H a multiple of Hkv. Tk = T unless cross
+            attention (``causal=False`` and no window).
+        feature_map: φ, an object with ``forward_queries`` and ``forward_keys`` (a
+            :class:`~linattn.feature_maps.FeatureMap`). May be None only with ``far=False``.
+        window: tokens attended exactly, the query's own included. Bidirectional: |t − i| < window.
+        sinks: first tokens of each sequence attended exactly by all.
+        far: False deletes the far branch: sliding-window attention with sinks.
+        decay: log-gates ≤ 0: ``[Hkv]`` (the same for every token) or ``[B, T, Hkv]``. Causal only. Token i's weight at
+            t is multiplied by exp(Σ_{i<j≤t} decay_j), in the far branch.
+        far_bias: ``[H]`` the log-weight c of the far branch. Default 0.
+        scale: softmax scale. Default the feature map's ``scale``, else D ** -0.5.
+        softcap: near logits become softcap · tanh(logit / softcap).
+        sink_logits: ``[H]`` learned logits that enter the normaliser with no value (as in GPT-OSS).
+        q_far, k_far: ``[B, T, H, D']``, ``[B, T, Hkv, D']`` what the feature map sees, if not q and k (queries and keys
+            before rotary embedding, say).
+        causal: False for bidirectional and cross attention.
+        mask: ``[B, Tk]`` bool, True for real tokens. Padded tokens may stand anywhere; they take no position, no part
+            in the window, and leave the state untouched.
+        cu_seqlens: ``[N + 1]`` int32/int64 boundaries of N sequences packed along T, with B = 1.
+        state: memory of earlier tokens, N = B (or N = the packed sequences).
+        return_state: also return the memory after the last token.
+        lookback: tokens that the returned state can roll back.
+        chunk_size: tokens per chunk of the chunked implementation.
+        impl: ``"reference"`` (dense), ``"chunked"`` (PyTorch, O(T) memory) or ``"auto"``.
+
+    Returns:
+        :class:`AttentionOutput`.
+    """
+    raise NotImplementedError

@@ -1,0 +1,189 @@
+"""AttentionState: the fixed-size memory of one attention layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from linattn.errors import OptionError, StateError
+
+EMPTY_LOG_SCALE = -1e30
+"""Log-scale of an empty sum: finite, so that differences of two empty sums are zero and not NaN."""
+
+
+@dataclasses.dataclass
+class AttentionState:
+    """What one attention layer remembers of N sequences after any number of tokens.
+
+    A token that arrives enters the ring of recent tokens (right-aligned: the newest is last). When it leaves the ring
+    it becomes a sink (if it is one of the first tokens) or is folded into ``kv`` and ``k``. The ring holds
+    ``window + lookback`` tokens: the last ``window`` of them are attended exactly, the ``lookback`` older ones through
+    their features, un-folded, so that :meth:`rollback` can take back up to ``lookback`` tokens.
+
+    All tensors are treated as immutable: every method and every attention call returns a new state.
+
+    Attributes:
+        kv: ``[N, Hkv, F, V]`` float32, Σ exp(decay + log_scale_i − log_scale) φ_k(k_i) v_iᵀ over folded tokens.
+        k: ``[N, Hkv, F]`` float32, the same sum without v: the normaliser.
+        log_scale: ``[N, Hkv]`` float32, the running maximum the sums are relative to, at the time of the last token.
+        length: ``[N]`` int64, tokens seen.
+        folded: ``[N]`` int64, tokens that have left the ring. A ring slot j holds token ``length − W + j`` and is
+            valid where that is ≥ ``folded``.
+        recent_k: ``[N, W, Hkv, D]`` keys of the ring, in their own dtype; W = window + lookback.
+        recent_v: ``[N, W, Hkv, V]``.
+        recent_far_k: ``[N, W, Hkv, D']`` keys the feature map sees, where they differ from ``recent_k``; else None.
+        recent_decay: ``[N, W, Hkv]`` float32 log-gates of the ring, or None without decay.
+        sink_k: ``[N, S, Hkv, D]``. sink_v: ``[N, S, Hkv, V]``.
+        window: tokens attended exactly.
+    """
+
+    kv: Tensor
+    k: Tensor
+    log_scale: Tensor
+    length: Tensor
+    folded: Tensor
+    recent_k: Tensor
+    recent_v: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    recent_far_k: Tensor | None = None
+    recent_decay: Tensor | None = None
+    window: int = 0
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        *,
+        num_kv_heads: int,
+        feature_dim: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        window: int = 0,
+        sinks: int = 0,
+        lookback: int = 0,
+        far_head_dim: int | None = None,
+        decay: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> AttentionState:
+        """A state that has seen nothing. ``far_head_dim``: size of separate far keys, None if they are the keys."""
+        if min(window, sinks, lookback) < 0:
+            raise OptionError(f"window={window}, sinks={sinks}, lookback={lookback}: none may be negative.")
+        value_dim = head_dim if value_dim is None else value_dim
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        n, h, w = batch_size, num_kv_heads, window + lookback
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            kv=zeros(n, h, feature_dim, value_dim, dtype=sums),
+            k=zeros(n, h, feature_dim, dtype=sums),
+            log_scale=torch.full((n, h), EMPTY_LOG_SCALE, dtype=sums, device=device),
+            length=zeros(n, dtype=torch.int64),
+            folded=zeros(n, dtype=torch.int64),
+            recent_k=zeros(n, w, h, head_dim, dtype=dtype),
+            recent_v=zeros(n, w, h, value_dim, dtype=dtype),
+            sink_k=zeros(n, sinks, h, head_dim, dtype=dtype),
+            sink_v=zeros(n, sinks, h, value_dim, dtype=dtype),
+            recent_far_k=None if far_head_dim is None else zeros(n, w, h, far_head_dim, dtype=dtype),
+            recent_decay=zeros(n, w, h, dtype=sums) if decay else None,
+            window=window,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.kv.shape[0]
+
+    @property
+    def sinks(self) -> int:
+        return self.sink_k.shape[1]
+
+    @property
+    def lookback(self) -> int:
+        """Tokens that :meth:`rollback` can take back."""
+        return self.recent_k.shape[1] - self.window
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: the same after 100 and after 100,000 tokens."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by field name, without the absent ones."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in fields if isinstance(value, Tensor)}
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> AttentionState:
+        """A state whose every tensor is ``fn`` of this one's."""
+        return dataclasses.replace(self, **{name: fn(t) for name, t in self.tensors().items()})
+
+    def select(self, indices: Tensor) -> AttentionState:
+        """The sequences at ``indices`` ``[M]`` (int64, repeats allowed): beam reordering, or dropping finished rows."""
+        return self.map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def repeat(self, repeats: int) -> AttentionState:
+        """Each sequence ``repeats`` times, adjacent: [a, b] becomes [a, a, b, b]."""
+        return self.map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def snapshot(self) -> AttentionState:
+        """An independent copy, detached from autograd."""
+        return self.map(lambda t: t.detach().clone())
+
+    def detach(self) -> AttentionState:
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> AttentionState:
+        return self.map(lambda t: t.to(device))
+
+    def with_lookback(self, lookback: int) -> AttentionState:
+        """The same state with a ring of ``window + lookback`` tokens.
+
+        From then on up to ``lookback`` tokens can be taken back. A ring does not shrink here: folding needs the
+        feature map, so the next attention call with a smaller ``lookback`` does it.
+        """
+        grow = lookback - self.lookback
+        if grow < 0:
+            raise StateError(f"lookback={lookback} is less than the state's {self.lookback}; a ring only grows here.")
+        return self._shift_ring(grow, 0)
+
+    def rollback(self, tokens: int) -> AttentionState:
+        """The state before the last ``tokens`` tokens arrived, exactly: decay and sums included.
+
+        Raises:
+            StateError: if some sequence has folded too far to go back (``lookback`` was shorter than ``tokens``).
+        """
+        if tokens == 0:
+            return self
+        length = self.length - tokens
+        if tokens < 0 or bool((length < 0).any()):
+            raise StateError(f"rollback({tokens}): the sequences hold {self.length.tolist()} tokens.")
+        if bool((self.folded > (length - self.window).clamp_min(0)).any()):
+            raise StateError(
+                f"rollback({tokens}): the state keeps lookback={self.lookback} tokens un-folded; ask for a larger "
+                "lookback before the tokens arrive, or take a snapshot()."
+            )
+        log_scale = self.log_scale
+        if self.recent_decay is not None:
+            log_scale = log_scale - self.recent_decay[:, -tokens:].sum(1)
+        return dataclasses.replace(self._shift_ring(tokens, tokens), length=length, log_scale=log_scale)
+
+    def _shift_ring(self, front: int, back: int) -> AttentionState:
+        """Add ``front`` empty slots before the oldest token, drop the ``back`` newest."""
+
+        def shift(t: Tensor | None) -> Tensor | None:
+            if t is None or front == back == 0:
+                return t
+            return torch.nn.functional.pad(t, [0, 0] * (t.ndim - 2) + [front, -back])
+
+        return dataclasses.replace(
+            self,
+            recent_k=shift(self.recent_k),
+            recent_v=shift(self.recent_v),
+            recent_far_k=shift(self.recent_far_k),
+            recent_decay=shift(self.recent_decay),
+        )
