@@ -5,13 +5,26 @@
 """
 
 from linattn.feature_maps.base import FeatureMap, Features, SequenceMap
+from linattn.feature_maps.fixed import DPFP, ELU, CosFormer, ReLU, SquaredReLU, Taylor2
+from linattn.feature_maps.learned import T2R, Exponential, Hedgehog, PolySketch, ReBased
 from linattn.feature_maps.registry import MapInfo, available, get, make, register
 
 __all__ = [
+    "DPFP",
+    "ELU",
+    "T2R",
+    "CosFormer",
+    "Exponential",
     "FeatureMap",
     "Features",
+    "Hedgehog",
     "MapInfo",
+    "PolySketch",
+    "ReBased",
+    "ReLU",
     "SequenceMap",
+    "SquaredReLU",
+    "Taylor2",
     "available",
     "get",
     "make",

@@ -132,7 +132,7 @@ def make(
     for option in options:
         if option not in taken:
             raise FeatureMapError(
-                f"{cls.name or cls.__name__} has no option {option!r}. {_suggest(option, taken, 'It takes no options.')}"
+                f"{cls.name or cls.__name__}: no option {option!r}. {_suggest(option, taken, 'It takes no options.')}"
             )
     return cls(
         head_dim,

@@ -1,0 +1,325 @@
+"""Feature maps with trainable parameters, one set per head.
+
+Query heads and key/value heads have parameters of their own (``query.*`` ``[H, …]`` and ``key.*`` ``[Hkv, …]``). At the
+start the map of a key head equals the maps of the query heads that read it, so that training begins from one kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from linattn.errors import FeatureMapError
+from linattn.feature_maps._numerics import bounded, bounded_exp, per_head, symmetric_square, widen
+from linattn.feature_maps.base import FeatureMap, Features
+from linattn.feature_maps.registry import register
+
+_START: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+
+
+class LearnedMap(FeatureMap):
+    """A map with parameters per head: a subclass says what they are and how they start, and applies them.
+
+    Parameters are bare ``nn.Parameter`` objects, never ``nn.Linear``: libraries that re-initialise the linear layers of
+    a model leave them alone. A subclass's constructor ends with :meth:`build`.
+    """
+
+    learned: ClassVar[bool] = True
+
+    def build(self) -> None:
+        """Create the parameters for queries and keys and fill them."""
+        meta = {name: value.to("meta") for name, value in self.start(1).items()}
+        self.query = self._parameters_of(meta, self.num_heads)
+        self.key = self._parameters_of(meta, self.num_kv_heads)
+        self.reset_parameters()
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        """Starting values of ``heads`` heads by parameter name: float32 tensors ``[heads, …]`` on the CPU."""
+        raise NotImplementedError
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        """Features ``[B, T, heads, F]`` of ``x`` ``[B, T, heads, D]`` under the heads' ``parameters``."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for name, value in self.start(self.num_kv_heads).items():
+            self.key[name].copy_(value)
+            self.query[name].copy_(value.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0))
+
+    def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> Features:
+        return self.features(q, self.query)
+
+    def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> Features:
+        return self.features(k, self.key)
+
+    def _parameters_of(self, shapes: dict[str, Tensor], heads: int) -> nn.ParameterDict:
+        return nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.empty(heads, *value.shape[1:], **self._factory))
+                for name, value in shapes.items()
+            }
+        )
+
+    def _positive_option(self, option: str, value: int) -> int:
+        if value < 1:
+            raise FeatureMapError(f"{type(self).__name__}: {option}={value}, expected a positive number.")
+        return value
+
+
+@register
+class Hedgehog(LearnedMap):
+    r"""Softmax over a learned projection and its negation, started from the identity:
+
+        φ(x) = softmax([W x, −W x])          F = 2 D
+
+    Positive, bounded by 1, and spiky like softmax attention; made to be trained to mimic a teacher's attention. The
+    softmax runs over the features of one token, so its normaliser is part of the token's own features. The scale does
+    not enter: the projection learns it.
+
+    Parameters: ``weight`` ``[heads, D, D]``, started as the identity.
+
+    Reference: Zhang et al. 2024, "The Hedgehog & the porcupine", section 4.1 (its numerically stable variant).
+
+    Example:
+        >>> phi = make("hedgehog", 64, num_heads=8, num_kv_heads=2)
+        >>> phi.feature_dim, tuple(phi.key["weight"].shape)
+        (128, (2, 64, 64))
+    """
+
+    name: ClassVar[str] = "hedgehog"
+    positive: ClassVar[bool] = True
+    paper: ClassVar[str] = "Zhang et al. 2024, arXiv:2402.04347"
+
+    def __init__(self, head_dim: int, **heads: Any) -> None:
+        super().__init__(head_dim, **heads)
+        self.build()
+
+    @property
+    def feature_dim(self) -> int:
+        return 2 * self.head_dim
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        return {"weight": torch.eye(self.head_dim, **_START).repeat(heads, 1, 1)}
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        projected = per_head(x, parameters["weight"])
+        return Features(torch.cat([projected, -projected], dim=-1).softmax(-1).to(x.dtype))
+
+
+@register
+class T2R(LearnedMap):
+    r"""A learned rectified projection:
+
+        φ(x) = max(W x + b, 0)
+
+    Non-negative; the first map that fine-tuned pretrained transformers into recurrent ones. A query without active
+    features attends to nothing. The scale does not enter.
+
+    Parameters: ``weight`` ``[heads, D, F]`` and ``bias`` ``[heads, F]``, started uniform in ±1/√D.
+
+    Reference: Kasai et al. 2021, "Finetuning pretrained transformers into RNNs", eq. 4.
+
+    Args:
+        features: number of features F. Default D.
+
+    Example:
+        >>> make("t2r", 64, features=32).feature_dim
+        32
+    """
+
+    name: ClassVar[str] = "t2r"
+    positive: ClassVar[bool] = True
+    paper: ClassVar[str] = "Kasai et al. 2021, arXiv:2103.13076"
+
+    def __init__(self, head_dim: int, *, features: int | None = None, **heads: Any) -> None:
+        super().__init__(head_dim, **heads)
+        self.num_features = self._positive_option("features", head_dim if features is None else features)
+        self.build()
+
+    @property
+    def feature_dim(self) -> int:
+        return self.num_features
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        bound = self.head_dim**-0.5
+        return {
+            "weight": torch.empty(heads, self.head_dim, self.num_features, **_START).uniform_(-bound, bound),
+            "bias": torch.empty(heads, self.num_features, **_START).uniform_(-bound, bound),
+        }
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        return Features((per_head(x, parameters["weight"]) + parameters["bias"]).relu().to(x.dtype))
+
+    def options(self) -> dict[str, Any]:
+        return {"features": self.num_features}
+
+
+@register
+class ReBased(LearnedMap):
+    r"""The square of a learned affine map of the normalised vector:
+
+        φ(x) = (γ ⊙ norm(x) + β)²,  norm(x) = (x − mean(x)) / √(var(x) + 10⁻⁵)          F = D
+
+    Non-negative, and its zero can be learned: a kernel that can ignore a token, which a Taylor series cannot. The
+    normalisation removes the size of x, so the features stay bounded and the scale does not enter.
+
+    Parameters: ``gamma`` ``[heads, D]`` started at one, ``beta`` ``[heads, D]`` started at zero.
+
+    Reference: Aksenov et al. 2024, "Linear transformers with learnable kernel functions are better in-context models".
+    The square is taken per coordinate.
+
+    Example:
+        >>> phi = make("rebased", 64)
+        >>> sorted(name for name, _ in phi.named_parameters())
+        ['key.beta', 'key.gamma', 'query.beta', 'query.gamma']
+    """
+
+    name: ClassVar[str] = "rebased"
+    positive: ClassVar[bool] = True
+    paper: ClassVar[str] = "Aksenov et al. 2024, arXiv:2402.10644"
+
+    def __init__(self, head_dim: int, **heads: Any) -> None:
+        super().__init__(head_dim, **heads)
+        self.build()
+
+    @property
+    def feature_dim(self) -> int:
+        return self.head_dim
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        return {
+            "gamma": torch.ones(heads, self.head_dim, **_START),
+            "beta": torch.zeros(heads, self.head_dim, **_START),
+        }
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        normalised = nn.functional.layer_norm(widen(x), [self.head_dim])
+        return Features((parameters["gamma"] * normalised + parameters["beta"]).square().to(x.dtype))
+
+
+@register
+class PolySketch(LearnedMap):
+    r"""A learned sketch of the polynomial kernel of even degree p, squared so that it is never negative:
+
+        S_1(x) = y = √scale · x,  S_2m(x) = r^(−1/2) (S_m(x) G) ⊙ (S'_m(x) G')
+        φ(x) = S_{p/2}(x) ⊗ S_{p/2}(x)          F = r (r + 1) / 2,  r the sketch size
+        φ(q)·φ(k) = (S_{p/2}(q)·S_{p/2}(k))²
+
+    S_m and S'_m are independent sketches of the same vector. At the start the matrices G are standard normal, the same
+    for queries and keys: then E[S_m(q)·S_m(k)] = (scale · q·k)^m, so φ(q)·φ(k) estimates (scale · q·k)^p (from above,
+    by the variance of S). Training moves them; ``requires_grad_(False)`` keeps the random sketch. The square keeps each
+    product once, weighted by √2 off the diagonal. Powers leave half precision, so magnitudes go into the log-scale.
+
+    Parameters: ``level0``, ``level1``, …: the matrices of each level, ``[heads, p / 2 / 2^level, D or r, r]``.
+
+    Reference: Kacham et al. 2024, "PolySketchFormer", algorithm 1 and theorem 1.1. The paper normalises queries and
+    keys first; so should a model trained from scratch.
+
+    Args:
+        sketch: sketch size r.
+        degree: p, a power of two ≥ 4.
+
+    Example:
+        >>> make("polysketch", 64, sketch=16).feature_dim
+        136
+    """
+
+    name: ClassVar[str] = "polysketch"
+    positive: ClassVar[bool] = True
+    log_scaled: ClassVar[bool] = True
+    paper: ClassVar[str] = "Kacham et al. 2024, arXiv:2310.01655"
+
+    def __init__(self, head_dim: int, *, sketch: int = 16, degree: int = 4, **heads: Any) -> None:
+        super().__init__(head_dim, **heads)
+        if degree < 4 or degree & (degree - 1):
+            raise FeatureMapError(f"PolySketch: degree={degree}, expected a power of two, 4 or more.")
+        self.sketch = self._positive_option("sketch", sketch)
+        self.degree = degree
+        self.build()
+
+    @property
+    def feature_dim(self) -> int:
+        return self.sketch * (self.sketch + 1) // 2
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        levels = self.degree.bit_length() - 2
+        widths = [self.head_dim] + [self.sketch] * (levels - 1)
+        return {
+            f"level{level}": torch.randn(heads, self.degree >> (level + 1), width, self.sketch, **_START)
+            for level, width in enumerate(widths)
+        }
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        y = widen(x) * math.sqrt(self.scale)
+        # φ is homogeneous of degree p: features of the direction, and p · log of the size.
+        size = y.detach().abs().amax(-1).clamp_min(1).log2().ceil()
+        y = y * torch.exp2(-size).unsqueeze(-1)
+        nodes = [y] * (self.degree // 2)
+        for level in range(len(parameters)):
+            matrices = parameters[f"level{level}"].unbind(1)
+            halves = [per_head(node, matrix) for node, matrix in zip(nodes, matrices, strict=True)]
+            nodes = [a * b * self.sketch**-0.5 for a, b in zip(halves[::2], halves[1::2], strict=True)]
+        return bounded(symmetric_square(nodes[0]), x.dtype, size * (self.degree * math.log(2)))
+
+    def options(self) -> dict[str, Any]:
+        return {"sketch": self.sketch, "degree": self.degree}
+
+
+@register
+class Exponential(LearnedMap):
+    r"""Learned exponential features, started as an unbiased random estimate of the softmax kernel:
+
+        φ_j(x) = F^(−1/2) exp(w_j · y + b_j − |y|²/2),  y = √scale · x
+
+    At the start the rows w_j are normal vectors in orthogonal blocks, the same for queries and keys, and b = 0: the
+    estimator of FAVOR+, whose expectation is exp(scale · q·k). The term |y|²/2 belongs to it: without it, long keys win
+    whatever they point at, and features grow without bound as norms grow in training. The largest exponent of each
+    token goes into the log-scale, so the values lie in (0, 1].
+
+    Parameters: ``weight`` ``[heads, D, F]`` and ``bias`` ``[heads, F]``.
+
+    Reference: Choromanski et al. 2021, "Rethinking attention with performers", lemma 1, for the start; exponential
+    features as in Zhang et al. 2024 for learning them.
+
+    Args:
+        features: number of features F. Default 2 D.
+
+    Example:
+        >>> phi = make("exp", 64, num_heads=8, num_kv_heads=2, features=96)
+        >>> phi.forward_keys(torch.randn(1, 5, 2, 64)).log_scale.shape
+        torch.Size([1, 5, 2])
+    """
+
+    name: ClassVar[str] = "exp"
+    positive: ClassVar[bool] = True
+    log_scaled: ClassVar[bool] = True
+    paper: ClassVar[str] = "start: Choromanski et al. 2021, arXiv:2009.14794"
+
+    def __init__(self, head_dim: int, *, features: int | None = None, **heads: Any) -> None:
+        super().__init__(head_dim, **heads)
+        self.num_features = self._positive_option("features", 2 * head_dim if features is None else features)
+        self.build()
+
+    @property
+    def feature_dim(self) -> int:
+        return self.num_features
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        blocks = -(-self.num_features // self.head_dim)
+        directions, _ = torch.linalg.qr(torch.randn(heads, blocks, self.head_dim, self.head_dim, **_START))
+        rows = directions.flatten(1, 2)[:, : self.num_features]
+        norms = torch.randn(heads, self.num_features, self.head_dim, **_START).norm(dim=-1, keepdim=True)
+        return {"weight": (rows * norms).mT, "bias": torch.zeros(heads, self.num_features, **_START)}
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        y = widen(x) * math.sqrt(self.scale)
+        logits = per_head(y, parameters["weight"]) + parameters["bias"]
+        log_scale = -0.5 * y.square().sum(-1) - 0.5 * math.log(self.num_features)
+        return bounded_exp(logits, log_scale, x.dtype)
+
+    def options(self) -> dict[str, Any]:
+        return {"features": self.num_features}
