@@ -64,7 +64,7 @@ types: $(VENV)/.dev ## Check types
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## Remove what the other targets made, environments included
 	rm -rf $(VENV) $(OLDEST) site build dist demo-model .pytest_cache .mypy_cache .ruff_cache
