@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from linattn.errors import ShapeError
+from linattn.kernels.dispatch import dispatch
+from linattn.kernels.protocols import GivenFeatures, KernelFeatureMap
+from linattn.kernels.validate import accumulation_dtype, resolve
 from linattn.state import AttentionState
-
-if TYPE_CHECKING:
-    from linattn.kernels.protocols import KernelFeatureMap
 
 
 class AttentionOutput(NamedTuple):
@@ -87,4 +90,89 @@ def kernel_attention(
     Returns:
         :class:`AttentionOutput`.
     """
-    raise NotImplementedError
+    call = resolve(
+        q,
+        k,
+        v,
+        feature_map=feature_map,
+        window=window,
+        sinks=sinks,
+        far=far,
+        decay=decay,
+        far_bias=far_bias,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        q_far=q_far,
+        k_far=k_far,
+        causal=causal,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        return_state=return_state,
+        lookback=lookback,
+        chunk_size=chunk_size,
+    )
+    return AttentionOutput(*dispatch(call, impl))
+
+
+def linear_attention(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    *,
+    log_scale_q: Tensor | None = None,
+    log_scale_k: Tensor | None = None,
+    decay: Tensor | None = None,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    lookback: int = 0,
+    chunk_size: int | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Normalised linear attention on given features: :func:`kernel_attention` with no exact part.
+
+        out_t = Σ_{i≤t} w_ti v_i / Σ_{i≤t} w_ti,   w_ti = exp(a_t + b_i + G_t − G_i) φ_q,t · φ_k,i
+
+    (Katharopoulos et al. 2020, eq. 8, with decay and log-scales.)
+
+    Args:
+        phi_q: ``[B, T, H, F]``. phi_k: ``[B, Tk, Hkv, F]``. v: ``[B, Tk, Hkv, V]``.
+        log_scale_q: ``[B, T, H]`` the queries' log-scale a. It cancels in the output and is accepted for symmetry.
+        log_scale_k: ``[B, Tk, Hkv]`` the keys' log-scale b.
+        decay, causal, mask, cu_seqlens, state, return_state, lookback, chunk_size, impl: as in
+            :func:`kernel_attention`.
+
+    Returns:
+        :class:`AttentionOutput`.
+    """
+    if log_scale_q is not None and log_scale_q.shape != phi_q.shape[:3]:
+        raise ShapeError(f"log_scale_q: got {tuple(log_scale_q.shape)}, expected {tuple(phi_q.shape[:3])}.")
+    if log_scale_k is not None and log_scale_k.shape != phi_k.shape[:3]:
+        raise ShapeError(f"log_scale_k: got {tuple(log_scale_k.shape)}, expected {tuple(phi_k.shape[:3])}.")
+    given = GivenFeatures(phi_q.shape[-1], log_scaled=log_scale_k is not None)
+    q, k, values = phi_q, phi_k, v
+    if log_scale_k is not None:
+        # A log-scale needs float32; it travels as the keys' last column.
+        wide = accumulation_dtype(v)
+        k = torch.cat([phi_k.to(wide), log_scale_k[..., None].to(wide)], -1)
+        q, values = F.pad(phi_q.to(wide), [0, 1]), v.to(wide)
+    result = kernel_attention(
+        q,
+        k,
+        values,
+        feature_map=given,
+        decay=decay,
+        causal=causal,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        return_state=return_state,
+        lookback=lookback,
+        chunk_size=chunk_size,
+        impl=impl,
+    )
+    return AttentionOutput(result.out.to(v.dtype), result.state)

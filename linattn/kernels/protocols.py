@@ -20,3 +20,21 @@ class KernelFeatureMap(Protocol):
     def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
 
     def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class GivenFeatures:
+    """The map of features that are already there: the identity, which splits off a log-scale kept as last column."""
+
+    scale = 1.0
+    positional = False
+    causal = True
+
+    def __init__(self, feature_dim: int, *, log_scaled: bool) -> None:
+        self.feature_dim = feature_dim
+        self.log_scaled = log_scaled
+
+    def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return q[..., : self.feature_dim], None
+
+    def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return k[..., : self.feature_dim], k[..., -1] if self.log_scaled else None

@@ -1,0 +1,66 @@
+"""Chooses the implementation of a checked call, and says what it chose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch import Tensor
+
+from linattn.errors import FeatureMapError, OptionError
+from linattn.kernels import chunked, reference
+from linattn.kernels.validate import Call
+from linattn.state import AttentionState
+
+logger = logging.getLogger("linattn")
+
+IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, AttentionState | None]]] = {
+    "reference": reference.attend,
+    "chunked": chunked.attend,
+}
+_announced: set[str] = set()
+
+
+def choose(call: Call) -> str:
+    """The implementation ``impl="auto"`` stands for."""
+    return "chunked"
+
+
+def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
+    """Run a call on the implementation asked for; an explicit choice is never replaced by another."""
+    attend = getattr(call.feature_map, "attend", None)
+    if attend is not None:
+        return _attend_whole_sequence(call, attend), None
+    if impl == "auto":
+        impl = choose(call)
+        _announce(impl)
+    if impl not in IMPLEMENTATIONS:
+        raise OptionError(f"impl: got {impl!r}, expected 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
+    return IMPLEMENTATIONS[impl](call)
+
+
+def _announce(impl: str) -> None:
+    """Log the automatic choice once per process."""
+    if impl not in _announced:
+        _announced.add(impl)
+        logger.info("linattn: impl='auto' runs the %s implementation", impl)
+
+
+def _attend_whole_sequence(call: Call, attend: Callable[..., Tensor]) -> Tensor:
+    """A map that replaces the operator as a whole (Nyströmformer, Linformer): it has no window, sinks or far part."""
+    extras = {
+        "window": call.window,
+        "sinks": call.sinks,
+        "far_bias": call.far_bias is not None,
+        "softcap": call.softcap is not None,
+        "sink_logits": call.sink_logits is not None,
+        "cu_seqlens": call.cu_seqlens is not None,
+        "q_far": call.q_far is not None,
+    }
+    given = [name for name, value in extras.items() if value]
+    if given:
+        raise FeatureMapError(
+            f"{', '.join(given)}: {type(call.feature_map).__name__} approximates the whole attention matrix and takes "
+            "none of these; drop them, or choose a per-token feature map."
+        )
+    return attend(call.q, call.k, call.v, call.mask)

@@ -1,0 +1,304 @@
+"""Every shape, dtype and option error of the kernels, in one place, and the resolved call the backends receive."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+from torch import Tensor
+
+from linattn.errors import DtypeError, FeatureMapError, NonFiniteError, OptionError, ShapeError, StateError
+from linattn.kernels.protocols import KernelFeatureMap
+from linattn.state import AttentionState
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A checked call of the operator: what every backend receives. Shapes as in :func:`kernel_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_far: Tensor | None
+    """What the feature map sees instead of q and k; None where it sees q and k themselves."""
+    k_far: Tensor | None
+    feature_map: KernelFeatureMap | None
+    """None without a far branch."""
+    window: int
+    sinks: int
+    decay: Tensor | None
+    """``[B, T, Hkv]`` in the accumulation dtype."""
+    far_bias: Tensor | None
+    scale: float
+    softcap: float | None
+    sink_logits: Tensor | None
+    causal: bool
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: AttentionState | None
+    return_state: bool
+    lookback: int
+    chunk_size: int | None
+
+    @property
+    def sums(self) -> torch.dtype:
+        """Dtype of sums and normalisers: float32, or float64 for float64 inputs."""
+        return accumulation_dtype(self.v)
+
+    @property
+    def ring(self) -> int:
+        """Tokens the returned state keeps un-folded."""
+        return self.window + self.lookback
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences N."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def feature_dim(self) -> int:
+        return 0 if self.feature_map is None else self.feature_map.feature_dim
+
+
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def resolve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: KernelFeatureMap | None,
+    window: int,
+    sinks: int,
+    far: bool,
+    decay: Tensor | None,
+    far_bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    q_far: Tensor | None,
+    k_far: Tensor | None,
+    causal: bool,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: AttentionState | None,
+    return_state: bool,
+    lookback: int,
+    chunk_size: int | None,
+) -> Call:
+    """Check the arguments of :func:`kernel_attention` and settle its defaults."""
+    _check_qkv(q, k, v)
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+
+    for name, value in (("window", window), ("sinks", sinks), ("lookback", lookback)):
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
+            raise OptionError(f"{name}: got {value!r}, expected an integer ≥ 0.")
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise OptionError(f"chunk_size: got {chunk_size!r}, expected a positive integer or None.")
+    if softcap is not None and not softcap > 0:
+        raise OptionError(f"softcap: got {softcap!r}, expected a positive number or None.")
+
+    if far:
+        if feature_map is None:
+            raise OptionError(
+                "feature_map: got None with far=True; pass a feature map, or far=False for a window alone."
+            )
+        if causal and not feature_map.causal:
+            raise FeatureMapError(
+                f"feature_map: {type(feature_map).__name__} mixes tokens along the sequence and cannot be causal; "
+                "use it with causal=False, or choose a map whose causal property is True."
+            )
+    else:
+        feature_map = None
+        if window == 0 and sinks == 0:
+            raise OptionError("far=False with window=0 and sinks=0 leaves nothing to attend to; set window > 0.")
+        if decay is not None or far_bias is not None:
+            raise OptionError("decay and far_bias shape the far branch; drop them, or set far=True.")
+    if feature_map is not None and scale is None:
+        scale = feature_map.scale
+    scale = head_dim**-0.5 if scale is None else float(scale)
+
+    if (q_far is None) != (k_far is None):
+        raise OptionError("q_far and k_far come together: pass both, or neither to use q and k.")
+    if q_far is not None and k_far is not None:
+        if not far:
+            raise OptionError("q_far and k_far feed the far branch; drop them, or set far=True.")
+        _check_shape("q_far", q_far, (batch, length, heads, None))
+        _check_shape("k_far", k_far, (batch, k.shape[1], kv_heads, q_far.shape[-1]))
+    if far_bias is not None:
+        _check_shape("far_bias", far_bias, (heads,))
+    if sink_logits is not None:
+        _check_shape("sink_logits", sink_logits, (heads,))
+
+    cross = k.shape[1] != length
+    if causal and cross:
+        raise ShapeError(
+            f"k: got {k.shape[1]} tokens against {length} queries; causal attention needs the same number. "
+            "Pass earlier tokens as state=, or causal=False for cross attention."
+        )
+    if not causal:
+        for name, given in (("decay", decay is not None), ("state", state is not None), ("return_state", return_state)):
+            if given:
+                raise OptionError(f"{name}: is causal by nature; drop it, or set causal=True.")
+        if cross and window:
+            raise OptionError(
+                f"window={window}: a window is undefined between sequences of different length; use window=0."
+            )
+        if cross and cu_seqlens is not None:
+            raise OptionError("cu_seqlens: packed cross attention is not defined; pad and pass mask=.")
+
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise DtypeError(f"mask: got {mask.dtype}, expected torch.bool with True for real tokens; try mask.bool().")
+        _check_shape("mask", mask, (batch, k.shape[1]))
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, batch, length, mask)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    if decay is not None:
+        if not decay.is_floating_point():
+            raise DtypeError(f"decay: got {decay.dtype}, expected floating point log-gates ≤ 0.")
+        if decay.ndim == 1:
+            _check_shape("decay", decay, (kv_heads,))
+            decay = decay.expand(batch, length, kv_heads)
+        _check_shape("decay", decay, (batch, length, kv_heads))
+        decay = decay.to(accumulation_dtype(v))
+
+    if lookback and not (return_state or state is not None):
+        raise OptionError(f"lookback={lookback}: is a property of the returned state; pass return_state=True.")
+    if state is not None:
+        far_dim = None if k_far is None else k_far.shape[-1]
+        feature_dim = 0 if feature_map is None else feature_map.feature_dim
+        _check_state(
+            state, sequences, kv_heads, feature_dim, head_dim, v.shape[-1], window, sinks, far_dim, decay is not None
+        )
+
+    return Call(
+        q=q,
+        k=k,
+        v=v,
+        q_far=q_far,
+        k_far=k_far,
+        feature_map=feature_map,
+        window=window,
+        sinks=sinks,
+        decay=decay,
+        far_bias=far_bias,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        causal=causal,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        return_state=return_state,
+        lookback=lookback,
+        chunk_size=chunk_size,
+    )
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Raise :class:`NonFiniteError` for the first tensor with a NaN or an infinity. Waits for the device."""
+    for name, t in tensors.items():
+        if t is not None and not bool(torch.isfinite(t).all()):
+            raise NonFiniteError(
+                f"{name}: contains {int(torch.isnan(t).sum())} NaN and {int(torch.isinf(t).sum())} infinite values "
+                f"of {t.numel()}; look at the layer before, or at the learning rate."
+            )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t, dims in (("q", q, "[B, T, H, D]"), ("k", k, "[B, T, Hkv, D]"), ("v", v, "[B, T, Hkv, V]")):
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor {dims}.")
+        if t.ndim != 4:
+            raise ShapeError(f"{name}: got {t.ndim} dimensions {tuple(t.shape)}, expected {dims}.")
+        if t.dtype not in DTYPES:
+            raise DtypeError(f"{name}: got {t.dtype}, expected one of float16, bfloat16, float32, float64.")
+        if t.device != q.device:
+            raise ShapeError(f"{name}: is on {t.device}, q on {q.device}; move them to one device.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise DtypeError(f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype; cast them.")
+    if k.shape[:3] != v.shape[:3]:
+        raise ShapeError(f"v: got {tuple(v.shape)}, expected [B, T, Hkv] = {tuple(k.shape[:3])} as in k.")
+    if q.shape[0] != k.shape[0]:
+        raise ShapeError(f"k: got batch {k.shape[0]}, expected {q.shape[0]} as in q.")
+    if q.shape[3] != k.shape[3]:
+        raise ShapeError(f"k: got head_dim {k.shape[3]}, expected {q.shape[3]} as in q.")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ShapeError(
+            f"k: got {k.shape[2]} heads for {q.shape[2]} query heads; grouped-query attention needs the query heads to "
+            "be a multiple of the key/value heads. Is the layout [B, T, H, D], not [B, H, T, D]?"
+        )
+
+
+def _check_shape(name: str, t: Tensor, expected: tuple[int | None, ...]) -> None:
+    if t.ndim != len(expected) or any(e is not None and s != e for s, e in zip(t.shape, expected, strict=True)):
+        wanted = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ShapeError(f"{name}: got shape {tuple(t.shape)}, expected ({wanted}).")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor | None) -> None:
+    if mask is not None:
+        raise OptionError("mask and cu_seqlens exclude each other: a packed batch has no padding.")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"cu_seqlens: got {cu_seqlens.dtype}, expected int32 or int64.")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or batch != 1:
+        raise ShapeError(
+            f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} with batch {batch}, expected [N + 1] boundaries of "
+            "sequences packed along T with batch 1."
+        )
+    # Reading values would make an accelerator wait; there the boundaries are the caller's word.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+            raise ShapeError(f"cu_seqlens: got {bounds}, expected a rising sequence from 0 to T = {length}.")
+
+
+def _check_state(
+    state: AttentionState,
+    sequences: int,
+    kv_heads: int,
+    feature_dim: int,
+    head_dim: int,
+    value_dim: int,
+    window: int,
+    sinks: int,
+    far_head_dim: int | None,
+    decay: bool,
+) -> None:
+    far_k = state.recent_far_k
+    found = {
+        "sequences": state.batch_size,
+        "num_kv_heads": state.kv.shape[1],
+        "feature_dim": state.kv.shape[2],
+        "head_dim": state.recent_k.shape[-1],
+        "value_dim": state.kv.shape[3],
+        "window": state.window,
+        "sinks": state.sinks,
+        "far_head_dim": None if far_k is None else far_k.shape[-1],
+        "decay": state.recent_decay is not None,
+    }
+    expected = {
+        "sequences": sequences,
+        "num_kv_heads": kv_heads,
+        "feature_dim": feature_dim,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "window": window,
+        "sinks": sinks,
+        "far_head_dim": far_head_dim,
+        "decay": decay,
+    }
+    wrong = [f"{name} {found[name]} (expected {want})" for name, want in expected.items() if found[name] != want]
+    if wrong:
+        raise StateError(
+            f"state: does not fit this call: {', '.join(wrong)}. A state continues the same layer with the same "
+            "options; start a new one with state=None."
+        )
