@@ -7,6 +7,14 @@
 from linattn.feature_maps.base import FeatureMap, Features, SequenceMap
 from linattn.feature_maps.fixed import DPFP, ELU, CosFormer, ReLU, SquaredReLU, Taylor2
 from linattn.feature_maps.learned import T2R, Exponential, Hedgehog, PolySketch, ReBased
+from linattn.feature_maps.random import (
+    FavorPlus,
+    FavorPlusHyperbolic,
+    FavorPlusPlus,
+    FavorSharp,
+    RandomFourier,
+    RandomReLU,
+)
 from linattn.feature_maps.registry import MapInfo, available, get, make, register
 
 __all__ = [
@@ -15,11 +23,17 @@ __all__ = [
     "T2R",
     "CosFormer",
     "Exponential",
+    "FavorPlus",
+    "FavorPlusHyperbolic",
+    "FavorPlusPlus",
+    "FavorSharp",
     "FeatureMap",
     "Features",
     "Hedgehog",
     "MapInfo",
     "PolySketch",
+    "RandomFourier",
+    "RandomReLU",
     "ReBased",
     "ReLU",
     "SequenceMap",

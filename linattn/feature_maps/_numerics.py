@@ -51,5 +51,5 @@ def bounded_exp(logits: Tensor, log_scale: Tensor | float, dtype: torch.dtype) -
 def symmetric_square(x: Tensor) -> Tensor:
     """x ⊗ x without its repeated half: ``[..., D] -> [..., D (D + 1) / 2]`` with φ(x)·φ(y) = (x·y)²."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    weight = torch.where(i == j, 1.0, math.sqrt(2)).to(x.dtype)
+    weight = (1 + (i != j)).to(x.dtype).sqrt()
     return x.index_select(-1, i) * x.index_select(-1, j) * weight

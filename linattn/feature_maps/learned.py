@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from linattn.errors import FeatureMapError
 from linattn.feature_maps._numerics import bounded, bounded_exp, per_head, symmetric_square, widen
 from linattn.feature_maps.base import FeatureMap, Features
+from linattn.feature_maps.projections import draw_projection
 from linattn.feature_maps.registry import register
 
 _START: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
@@ -31,10 +32,10 @@ class LearnedMap(FeatureMap):
 
     def build(self) -> None:
         """Create the parameters for queries and keys and fill them."""
-        meta = {name: value.to("meta") for name, value in self.start(1).items()}
-        self.query = self._parameters_of(meta, self.num_heads)
-        self.key = self._parameters_of(meta, self.num_kv_heads)
-        self.reset_parameters()
+        start = self.start(self.num_kv_heads)
+        self.query = self._empty(start, self.num_heads)
+        self.key = self._empty(start, self.num_kv_heads)
+        self._fill(start)
 
     def start(self, heads: int) -> dict[str, Tensor]:
         """Starting values of ``heads`` heads by parameter name: float32 tensors ``[heads, …]`` on the CPU."""
@@ -44,11 +45,8 @@ class LearnedMap(FeatureMap):
         """Features ``[B, T, heads, F]`` of ``x`` ``[B, T, heads, D]`` under the heads' ``parameters``."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        for name, value in self.start(self.num_kv_heads).items():
-            self.key[name].copy_(value)
-            self.query[name].copy_(value.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0))
+        self._fill(self.start(self.num_kv_heads))
 
     def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> Features:
         return self.features(q, self.query)
@@ -56,13 +54,16 @@ class LearnedMap(FeatureMap):
     def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> Features:
         return self.features(k, self.key)
 
-    def _parameters_of(self, shapes: dict[str, Tensor], heads: int) -> nn.ParameterDict:
+    def _empty(self, like: dict[str, Tensor], heads: int) -> nn.ParameterDict:
         return nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.empty(heads, *value.shape[1:], **self._factory))
-                for name, value in shapes.items()
-            }
+            {name: nn.Parameter(torch.empty(heads, *t.shape[1:], **self._factory)) for name, t in like.items()}
         )
+
+    @torch.no_grad()
+    def _fill(self, start: dict[str, Tensor]) -> None:
+        for name, value in start.items():
+            self.key[name].copy_(value)
+            self.query[name].copy_(value.repeat_interleave(self.num_heads // self.num_kv_heads, dim=0))
 
     def _positive_option(self, option: str, value: int) -> int:
         if value < 1:
@@ -124,10 +125,10 @@ class T2R(LearnedMap):
     Reference: Kasai et al. 2021, "Finetuning pretrained transformers into RNNs", eq. 4.
 
     Args:
-        features: number of features F. Default D.
+        num_features: number of features F. Default D.
 
     Example:
-        >>> make("t2r", 64, features=32).feature_dim
+        >>> make("t2r", 64, num_features=32).feature_dim
         32
     """
 
@@ -135,9 +136,9 @@ class T2R(LearnedMap):
     positive: ClassVar[bool] = True
     paper: ClassVar[str] = "Kasai et al. 2021, arXiv:2103.13076"
 
-    def __init__(self, head_dim: int, *, features: int | None = None, **heads: Any) -> None:
+    def __init__(self, head_dim: int, *, num_features: int | None = None, **heads: Any) -> None:
         super().__init__(head_dim, **heads)
-        self.num_features = self._positive_option("features", head_dim if features is None else features)
+        self.num_features = self._positive_option("num_features", head_dim if num_features is None else num_features)
         self.build()
 
     @property
@@ -155,7 +156,7 @@ class T2R(LearnedMap):
         return Features((per_head(x, parameters["weight"]) + parameters["bias"]).relu().to(x.dtype))
 
     def options(self) -> dict[str, Any]:
-        return {"features": self.num_features}
+        return {"num_features": self.num_features}
 
 
 @register
@@ -286,10 +287,10 @@ class Exponential(LearnedMap):
     features as in Zhang et al. 2024 for learning them.
 
     Args:
-        features: number of features F. Default 2 D.
+        num_features: number of features F. Default 2 D.
 
     Example:
-        >>> phi = make("exp", 64, num_heads=8, num_kv_heads=2, features=96)
+        >>> phi = make("exp", 64, num_heads=8, num_kv_heads=2, num_features=96)
         >>> phi.forward_keys(torch.randn(1, 5, 2, 64)).log_scale.shape
         torch.Size([1, 5, 2])
     """
@@ -299,9 +300,11 @@ class Exponential(LearnedMap):
     log_scaled: ClassVar[bool] = True
     paper: ClassVar[str] = "start: Choromanski et al. 2021, arXiv:2009.14794"
 
-    def __init__(self, head_dim: int, *, features: int | None = None, **heads: Any) -> None:
+    def __init__(self, head_dim: int, *, num_features: int | None = None, **heads: Any) -> None:
         super().__init__(head_dim, **heads)
-        self.num_features = self._positive_option("features", 2 * head_dim if features is None else features)
+        self.num_features = self._positive_option(
+            "num_features", 2 * head_dim if num_features is None else num_features
+        )
         self.build()
 
     @property
@@ -309,11 +312,9 @@ class Exponential(LearnedMap):
         return self.num_features
 
     def start(self, heads: int) -> dict[str, Tensor]:
-        blocks = -(-self.num_features // self.head_dim)
-        directions, _ = torch.linalg.qr(torch.randn(heads, blocks, self.head_dim, self.head_dim, **_START))
-        rows = directions.flatten(1, 2)[:, : self.num_features]
-        norms = torch.randn(heads, self.num_features, self.head_dim, **_START).norm(dim=-1, keepdim=True)
-        return {"weight": (rows * norms).mT, "bias": torch.zeros(heads, self.num_features, **_START)}
+        seeds = torch.randint(2**31, (heads,), device="cpu").tolist()
+        rows = [draw_projection("orthogonal", self.num_features, self.head_dim, seed=seed) for seed in seeds]
+        return {"weight": torch.stack(rows).mT.float(), "bias": torch.zeros(heads, self.num_features, **_START)}
 
     def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
         y = widen(x) * math.sqrt(self.scale)
@@ -322,4 +323,4 @@ class Exponential(LearnedMap):
         return bounded_exp(logits, log_scale, x.dtype)
 
     def options(self) -> dict[str, Any]:
-        return {"features": self.num_features}
+        return {"num_features": self.num_features}
