@@ -11,8 +11,12 @@ class KernelFeatureMap(Protocol):
     """Per-token features; see :class:`linattn.feature_maps.FeatureMap` for the full contract."""
 
     scale: float
-    positional: bool
-    causal: bool
+
+    @property
+    def positional(self) -> bool: ...
+
+    @property
+    def causal(self) -> bool: ...
 
     @property
     def feature_dim(self) -> int: ...
