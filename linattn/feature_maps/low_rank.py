@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from linattn.errors import FeatureMapError, OptionError, ShapeError
+from linattn.errors import DtypeError, FeatureMapError, ShapeError
 from linattn.feature_maps._numerics import bounded_exp, per_head, widen
 from linattn.feature_maps._samples import scaled_samples
 from linattn.feature_maps.base import FeatureMap, Features, SequenceMap
@@ -38,8 +38,9 @@ class Nystrom(FeatureMap):
         epsilon: ε > 0, relative to the kernel's diagonal.
         seed: of the starting landmarks, which are Gaussian as if queries and keys had unit variance.
 
-    Parameters: ``landmarks [Hkv, F, D]``, in the units of q and k. Williams and Seeger 2001, "Using the Nyström Method
-    to Speed Up Kernel Machines".
+    Parameters: ``landmarks [Hkv, F, D]``, in the units of q and k.
+
+    Reference: Williams and Seeger 2001, "Using the Nyström Method to Speed Up Kernel Machines".
 
     Raises:
         FeatureMapError: an option outside its domain, or a scale ≤ 0.
@@ -51,15 +52,15 @@ class Nystrom(FeatureMap):
         torch.Size([1, 5, 2, 32])
     """
 
-    name = "nystrom"
-    log_scaled = True
-    learned = True
-    paper = "Williams & Seeger 2001, Using the Nyström Method to Speed Up Kernel Machines"
+    name: ClassVar[str] = "nystrom"
+    log_scaled: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
+    paper: ClassVar[str] = "Williams & Seeger 2001, NeurIPS 13"
 
     def __init__(
-        self, head_dim: int, *, num_features: int | None = None, epsilon: float = 1e-4, seed: int = 0, **common: Any
+        self, head_dim: int, *, num_features: int | None = None, epsilon: float = 1e-4, seed: int = 0, **heads: Any
     ) -> None:
-        super().__init__(head_dim, **common)
+        super().__init__(head_dim, **heads)
         num_features = 2 * head_dim if num_features is None else num_features
         _check_count("Nystrom", "num_features", num_features)
         if not 1e-6 <= epsilon < math.inf:
@@ -145,8 +146,10 @@ class Nystromformer(SequenceMap):
         pinv_iterations: steps of the paper's third-order iteration for the pseudo-inverse; 0 computes it exactly.
 
     No parameters. Memory O(T M). Where there are as many queries as keys they are taken to be the same tokens, and the
-    mask of the keys to hold for the queries. Xiong et al. 2021, "Nyströmformer: A Nyström-based Algorithm for
-    Approximating Self-Attention", equations 13 and 14.
+    mask of the keys to hold for the queries.
+
+    Reference: Xiong et al. 2021, "Nyströmformer: A Nyström-based Algorithm for Approximating Self-Attention", equations
+    13 and 14.
 
     Raises:
         FeatureMapError: an option outside its domain.
@@ -157,11 +160,11 @@ class Nystromformer(SequenceMap):
         torch.Size([2, 50, 4, 16])
     """
 
-    name = "nystromformer"
-    paper = "Xiong et al. 2021, Nyströmformer"
+    name: ClassVar[str] = "nystromformer"
+    paper: ClassVar[str] = "Xiong et al. 2021, arXiv:2102.03902"
 
-    def __init__(self, head_dim: int, *, num_landmarks: int = 64, pinv_iterations: int = 6, **common: Any) -> None:
-        super().__init__(head_dim, **common)
+    def __init__(self, head_dim: int, *, num_landmarks: int = 64, pinv_iterations: int = 6, **heads: Any) -> None:
+        super().__init__(head_dim, **heads)
         _check_count("Nystromformer", "num_landmarks", num_landmarks)
         if not isinstance(pinv_iterations, int) or pinv_iterations < 0:
             raise FeatureMapError(f"Nystromformer: pinv_iterations={pinv_iterations!r}, expected an integer ≥ 0.")
@@ -178,15 +181,18 @@ class Nystromformer(SequenceMap):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         check_sequence(self, q, k, v, mask)
         with torch.autocast(q.device.type, enabled=False):
-            queries, keys, values = _grouped(q, self.num_kv_heads) * self.scale, _heads_first(k), _heads_first(v)
             real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
-            key_segments = _segments(real, self.num_landmarks)
+            k, v = _without_padding(k, mask), _without_padding(v, mask)
+            if q.shape[1] == k.shape[1]:
+                q = _without_padding(q, mask)
+            queries, keys, values = _grouped(q, self.num_kv_heads) * self.scale, _heads_first(k), _heads_first(v)
+            key_segments = _segments(real, self.num_landmarks, keys.dtype)
             if q.shape[1] == k.shape[1]:
                 query_segments = key_segments
             else:
-                query_segments = _segments(real.new_ones(q.shape[:2]), self.num_landmarks)
-            key_means = key_segments.to(keys.dtype)[:, None] @ keys
-            query_means = query_segments.to(keys.dtype)[:, None, None] @ queries
+                query_segments = _segments(real.new_ones(q.shape[:2]), self.num_landmarks, keys.dtype)
+            key_means = key_segments[:, None] @ keys
+            query_means = query_segments[:, None, None] @ queries
             used_keys = (key_segments > 0).any(-1)[:, None, None, None]
             used_queries = (query_segments > 0).any(-1)[:, None, None, :, None]
             keys, values, key_means = (t[:, :, None] for t in (keys, values, key_means))
@@ -224,7 +230,9 @@ class Linformer(SequenceMap):
         share_key_value: F = E.
 
     Parameters: ``key_projection [1 or Hkv, M, max_length]`` (E), and ``value_projection`` (F) unless shared, started
-    from N(0, 1 / M). Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", equation 7 and Theorem 2.
+    from N(0, 1 / M).
+
+    Reference: Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", equation 7 and Theorem 2.
 
     Raises:
         FeatureMapError: an option outside its domain. ShapeError: more keys than ``max_length``.
@@ -235,9 +243,9 @@ class Linformer(SequenceMap):
         torch.Size([2, 50, 4, 16])
     """
 
-    name = "linformer"
-    learned = True
-    paper = "Wang et al. 2020, Linformer"
+    name: ClassVar[str] = "linformer"
+    learned: ClassVar[bool] = True
+    paper: ClassVar[str] = "Wang et al. 2020, arXiv:2006.04768"
 
     def __init__(
         self,
@@ -247,9 +255,9 @@ class Linformer(SequenceMap):
         max_length: int = 2048,
         share_heads: bool = True,
         share_key_value: bool = False,
-        **common: Any,
+        **heads: Any,
     ) -> None:
-        super().__init__(head_dim, **common)
+        super().__init__(head_dim, **heads)
         _check_count("Linformer", "num_landmarks", num_landmarks)
         _check_count("Linformer", "max_length", max_length)
         self.num_landmarks = num_landmarks
@@ -281,44 +289,53 @@ class Linformer(SequenceMap):
         check_sequence(self, q, k, v, mask)
         if k.shape[1] > self.max_length:
             raise ShapeError(
-                f"k: got {k.shape[1]} tokens, but Linformer was built for max_length={self.max_length}; build it with a "
-                "larger one."
+                f"k: got {k.shape[1]} tokens, but Linformer was built for max_length={self.max_length}; build it "
+                "with a larger one."
             )
         with torch.autocast(q.device.type, enabled=False):
             queries = _grouped(q, self.num_kv_heads) * self.scale
-            keys = self._project(self.key_projection, _heads_first(k), mask)
-            values = self._project(
-                self.key_projection if self.value_projection is None else self.value_projection, _heads_first(v), mask
-            )
+            value_projection = self.key_projection if self.value_projection is None else self.value_projection
+            keys = self._project(self.key_projection, k, mask)
+            values = self._project(value_projection, v, mask)
             out = (queries @ keys[:, :, None].mT).softmax(-1) @ values[:, :, None]
         return out.flatten(1, 2).transpose(1, 2).to(v.dtype)
 
     @staticmethod
-    def _project(projection: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Mixtures of tokens: ``[1 | Hkv, M, max_length], [B, Hkv, T, D] -> [B, Hkv, M, D]``."""
+    def _project(projection: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Mixtures of tokens: ``[1 | Hkv, M, max_length], [B, T, Hkv, D] -> [B, Hkv, M, D]``."""
+        tokens = _heads_first(_without_padding(x, mask))
         weight = projection.to(tokens.dtype)
         if mask is None:
             return weight[:, :, : tokens.shape[2]] @ tokens
         rank = (mask.cumsum(1) - 1).clamp_min(0)
-        by_sequence = weight[:, :, rank].permute(2, 0, 1, 3)
-        return (by_sequence * mask[:, None, None]) @ tokens
+        return weight[:, :, rank].permute(2, 0, 1, 3) @ tokens
 
 
 def check_sequence(feature_map: SequenceMap, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-    """Raise :class:`ShapeError` unless the arguments of :meth:`SequenceMap.attend` fit the map and each other."""
+    """Raise an error unless the arguments of :meth:`SequenceMap.attend` fit the map and each other."""
     feature_map.check_input("q", q, feature_map.num_heads)
     feature_map.check_input("k", k, feature_map.num_kv_heads)
     if v.ndim != 4 or v.shape[:3] != k.shape[:3] or len(q) != len(k):
         raise ShapeError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must share the batch, and k and v tokens and heads."
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected one batch size for all, and for v "
+            "the tokens and heads of k."
         )
-    if mask is not None and (mask.shape != k.shape[:2] or mask.dtype != torch.bool):
-        raise ShapeError(f"mask: got {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(k.shape[:2])}.")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise DtypeError(f"mask: got {mask.dtype}, expected torch.bool, True for real tokens.")
+    if mask.shape != k.shape[:2]:
+        raise ShapeError(f"mask: got shape {tuple(mask.shape)}, expected [B, Tk] = {list(k.shape[:2])}.")
 
 
 def _check_count(label: str, argument: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise FeatureMapError(f"{label}: {argument}={value!r}, expected a positive integer.")
+
+
+def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` ``[B, T, h, D]`` with zeros where ``mask`` ``[B, T]`` does not hold, whatever stands there."""
+    return x if mask is None else x.masked_fill(~mask[:, :, None, None], 0)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -331,15 +348,15 @@ def _grouped(q: Tensor, num_kv_heads: int) -> Tensor:
     return _heads_first(q).unflatten(1, (num_kv_heads, -1))
 
 
-def _segments(real: Tensor, count: int) -> Tensor:
-    """Weights ``[B, count, T]`` float64 that average ``count`` contiguous segments of the real tokens ``[B, T]``.
+def _segments(real: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Weights ``[B, count, T]`` that average ``count`` contiguous segments of the real tokens ``[B, T]``.
 
     Segments differ by one token at most; with fewer tokens than segments some rows are zero.
     """
     rank = real.cumsum(1) - 1
     segment = rank * count // real.sum(1, keepdim=True).clamp_min(1)
     member = (segment[:, None] == torch.arange(count, device=real.device)[:, None]) & real[:, None]
-    return member / member.sum(-1, keepdim=True).clamp_min(1)
+    return member.to(dtype) / member.sum(-1, keepdim=True).clamp_min(1)
 
 
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class RandomFeatureMap(FeatureMap):
         FeatureMapError: an option outside its domain, or a scale ≤ 0 (no x and y have that kernel).
     """
 
-    random = True
-    log_scaled = True
+    random: ClassVar[bool] = True
+    log_scaled: ClassVar[bool] = True
     features_per_row: ClassVar[int] = 1
     omega: Tensor
     draws: Tensor
@@ -50,15 +50,9 @@ class RandomFeatureMap(FeatureMap):
         num_features: int | None = None,
         projection: str = "orthogonal",
         seed: int = 0,
-        num_heads: int = 1,
-        num_kv_heads: int | None = None,
-        scale: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **heads: Any,
     ) -> None:
-        super().__init__(
-            head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, scale=scale, device=device, dtype=dtype
-        )
+        super().__init__(head_dim, **heads)
         label = type(self).__name__
         num_features = 2 * head_dim if num_features is None else num_features
         if not isinstance(num_features, int) or num_features < 1 or num_features % self.features_per_row:
@@ -72,7 +66,7 @@ class RandomFeatureMap(FeatureMap):
         self.projection = check_kind(projection)
         self.seed = seed
         self._add_buffer("omega", num_features // self.features_per_row, head_dim)
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=self._factory["device"]))
         self._draw(0)
 
     @property
@@ -135,8 +129,9 @@ class FavorPlus(RandomFeatureMap):
     Unbiased: E φ(x) · φ(y) = exp(x · y). The variance of one row is exp(|x + y|²) − 1 relative to the kernel squared,
     so that M must grow with exp(|x + y|²); orthogonal rows have less variance than independent ones in any dimension.
 
-    Buffers: ``omega [F, D]``, ``draws []``. Choromanski et al. 2021, "Rethinking Attention with Performers", Lemmas 1
-    and 2 and Theorem 2.
+    Buffers: ``omega [F, D]``, ``draws []``.
+
+    Reference: Choromanski et al. 2021, "Rethinking Attention with Performers", Lemmas 1 and 2 and Theorem 2.
 
     Example:
         >>> phi = FavorPlus(64, num_heads=8, num_kv_heads=2, num_features=256)
@@ -144,10 +139,10 @@ class FavorPlus(RandomFeatureMap):
         torch.Size([1, 5, 2, 256])
     """
 
-    name = "favor+"
-    positive = True
-    unbiased = True
-    paper = "Choromanski et al. 2021, Rethinking Attention with Performers"
+    name: ClassVar[str] = "favor+"
+    positive: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+    paper: ClassVar[str] = "Choromanski et al. 2021, arXiv:2009.14794"
 
     def _features(self, x: Tensor, dtype: torch.dtype) -> Features:
         return bounded_exp(self._project(x), self._log_mean - x.square().sum(-1) / 2, dtype)
@@ -162,19 +157,20 @@ class FavorPlusHyperbolic(RandomFeatureMap):
     Unbiased, and the variance is below that of FAVOR+ with as many features: the two directions are negatively
     correlated, Var_hyp(M rows) = (1 − exp(−|x + y|²)) / 2 · Var_FAVOR+(M rows) for independent rows.
 
-    Buffers: ``omega [F / 2, D]``, ``draws []``. Choromanski et al. 2021, "Rethinking Attention with Performers",
-    Lemmas 1 and 2.
+    Buffers: ``omega [F / 2, D]``, ``draws []``.
+
+    Reference: Choromanski et al. 2021, "Rethinking Attention with Performers", Lemmas 1 and 2.
 
     Example:
         >>> FavorPlusHyperbolic(64, num_features=256).omega.shape
         torch.Size([128, 64])
     """
 
-    name = "favor+hyp"
-    positive = True
-    unbiased = True
-    features_per_row = 2
-    paper = "Choromanski et al. 2021, Rethinking Attention with Performers"
+    name: ClassVar[str] = "favor+hyp"
+    positive: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+    features_per_row: ClassVar[int] = 2
+    paper: ClassVar[str] = "Choromanski et al. 2021, arXiv:2009.14794"
 
     def _features(self, x: Tensor, dtype: torch.dtype) -> Features:
         z = self._project(x)
@@ -192,18 +188,20 @@ class RandomFourier(RandomFeatureMap):
     grows where the kernel is small: the normaliser of an attention row can come close to zero or below it. Here as the
     baseline that positive features replaced.
 
-    Buffers: ``omega [F / 2, D]``, ``draws []``. Rahimi and Recht 2007, "Random Features for Large-Scale Kernel
-    Machines"; for attention, Peng et al. 2021, "Random Feature Attention".
+    Buffers: ``omega [F / 2, D]``, ``draws []``.
+
+    Reference: Rahimi and Recht 2007, "Random Features for Large-Scale Kernel Machines"; for attention, Peng et al.
+    2021, "Random Feature Attention".
 
     Example:
         >>> RandomFourier(64, num_features=256).omega.shape
         torch.Size([128, 64])
     """
 
-    name = "rff"
-    unbiased = True
-    features_per_row = 2
-    paper = "Rahimi & Recht 2007, Random Features for Large-Scale Kernel Machines"
+    name: ClassVar[str] = "rff"
+    unbiased: ClassVar[bool] = True
+    features_per_row: ClassVar[int] = 2
+    paper: ClassVar[str] = "Rahimi & Recht 2007, NeurIPS 20"
 
     def _features(self, x: Tensor, dtype: torch.dtype) -> Features:
         z = self._project(x)
@@ -222,17 +220,19 @@ class RandomReLU(RandomFeatureMap):
     Args:
         epsilon: ε > 0.
 
-    Buffers: ``omega [F, D]``, ``draws []``. Choromanski et al. 2021, "Rethinking Attention with Performers", section
-    2.2 and appendix on generalised attention; the kernel: Cho and Saul 2009, "Kernel Methods for Deep Learning".
+    Buffers: ``omega [F, D]``, ``draws []``.
+
+    Reference: Choromanski et al. 2021, "Rethinking Attention with Performers", section 2.2 and appendix on generalised
+    attention; the kernel: Cho and Saul 2009, "Kernel Methods for Deep Learning".
 
     Example:
         >>> RandomReLU(64, num_features=96).feature_dim
         96
     """
 
-    name = "relu-random"
-    positive = True
-    paper = "Choromanski et al. 2021, Rethinking Attention with Performers"
+    name: ClassVar[str] = "relu-random"
+    positive: ClassVar[bool] = True
+    paper: ClassVar[str] = "Choromanski et al. 2021, arXiv:2009.14794"
 
     def __init__(self, head_dim: int, *, epsilon: float = 1e-3, **common: Any) -> None:
         super().__init__(head_dim, **common)
@@ -265,18 +265,20 @@ class FavorPlusPlus(RandomFeatureMap):
         a: a < 1/8 (the variance is finite there). Default: optimal for s = 2 · scale · D, that is, for queries and keys
             of unit variance. :meth:`fit` replaces it by the optimum for given queries and keys.
 
-    Buffers: ``omega [F, D]``, ``a [Hkv, D]`` (one value per head), ``draws []``. Likhosherstov et al. 2022, "Chefs'
-    Random Tables: Non-Trigonometric Random Features", generalised exponential and optimal positive features.
+    Buffers: ``omega [F, D]``, ``a [Hkv, D]`` (one value per head), ``draws []``.
+
+    Reference: Likhosherstov et al. 2022, "Chefs' Random Tables: Non-Trigonometric Random Features", generalised
+    exponential and optimal positive features.
 
     Example:
         >>> phi = FavorPlusPlus(64, num_heads=8, num_kv_heads=2)
         >>> phi.fit(torch.randn(1, 100, 8, 64), torch.randn(1, 100, 2, 64))
     """
 
-    name = "favor++"
-    positive = True
-    unbiased = True
-    paper = "Likhosherstov et al. 2022, Chefs' Random Tables"
+    name: ClassVar[str] = "favor++"
+    positive: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+    paper: ClassVar[str] = "Likhosherstov et al. 2022, arXiv:2205.15317"
     a: Tensor
 
     def __init__(self, head_dim: int, *, a: float | None = None, **common: Any) -> None:
@@ -337,17 +339,18 @@ class FavorSharp(FavorPlusPlus):
     the data vary; both matter for the anisotropic heads of trained models.
 
     Buffers: ``omega [F, D]``, ``a [Hkv, D]``, ``query_basis``, ``key_basis [Hkv, D, D]`` (Rᵀ and R⁻¹), ``query_mean``,
-    ``key_mean [Hkv, D]`` (u and v), ``draws []``. Likhosherstov et al. 2023, "FAVOR#: Sharp Attention Kernel
-    Approximations via New Classes of Positive Random Features", dense-exponential features, symmetric and asymmetric;
-    the means are an addition of this library.
+    ``key_mean [Hkv, D]`` (u and v), ``draws []``.
+
+    Reference: Likhosherstov et al. 2023, "FAVOR#: Sharp Attention Kernel Approximations via New Classes of Positive
+    Random Features", dense-exponential features, symmetric and asymmetric; the means are an addition of this library.
 
     Example:
         >>> phi = FavorSharp(64, num_heads=8, num_kv_heads=2)
         >>> phi.fit(torch.randn(1, 100, 8, 64) + 1, torch.randn(1, 100, 2, 64) - 1)
     """
 
-    name = "favor#"
-    paper = "Likhosherstov et al. 2023, FAVOR#"
+    name: ClassVar[str] = "favor#"
+    paper: ClassVar[str] = "Likhosherstov et al. 2023, arXiv:2302.00787"
     query_basis: Tensor
     key_basis: Tensor
     query_mean: Tensor
