@@ -7,6 +7,7 @@
 from linattn.feature_maps.base import FeatureMap, Features, SequenceMap
 from linattn.feature_maps.fixed import DPFP, ELU, CosFormer, ReLU, SquaredReLU, Taylor2
 from linattn.feature_maps.learned import T2R, Exponential, Hedgehog, PolySketch, ReBased
+from linattn.feature_maps.low_rank import Linformer, Nystrom, Nystromformer
 from linattn.feature_maps.random import (
     FavorPlus,
     FavorPlusHyperbolic,
@@ -30,7 +31,10 @@ __all__ = [
     "FeatureMap",
     "Features",
     "Hedgehog",
+    "Linformer",
     "MapInfo",
+    "Nystrom",
+    "Nystromformer",
     "PolySketch",
     "RandomFourier",
     "RandomReLU",

@@ -298,7 +298,7 @@ class Exponential(LearnedMap):
     name: ClassVar[str] = "exp"
     positive: ClassVar[bool] = True
     log_scaled: ClassVar[bool] = True
-    paper: ClassVar[str] = "start: Choromanski et al. 2021, arXiv:2009.14794"
+    paper: ClassVar[str] = "Choromanski et al. 2021, arXiv:2009.14794"
 
     def __init__(self, head_dim: int, *, num_features: int | None = None, **heads: Any) -> None:
         super().__init__(head_dim, **heads)
