@@ -1,0 +1,169 @@
+"""The constant-size cache layer of a converted attention layer, in the shape transformers' caches expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+from linattn.errors import StateError
+from linattn.state import AttentionState
+
+MAX_LOOKBACK = 512
+"""Tokens that stay retractable while a cache records its past: an upper bound on a draft of assisted decoding."""
+
+
+class LinattnCacheLayer(CacheLayerMixin):
+    """The memory of one converted layer: an :class:`~linattn.AttentionState` instead of keys and values.
+
+    It takes the place of a layer of any transformers cache and does all that generation asks of one: reordering and
+    repeating for beam search, rollback for assisted decoding, offloading, and the length that masks are made from.
+    ``update`` hands the new keys and values through; the attention function stores the state with :meth:`commit`.
+
+    Attributes:
+        state: the memory, or None before the first token.
+        cumulative_length: 0-dim int64 on the CPU, tokens seen including padding.
+        record_past: keep recent tokens retractable until the next :meth:`crop`.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, record_past: bool = False) -> None:
+        super().__init__()
+        self.state: AttentionState | None = None
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self.record_past = record_past
+        self.device: torch.device | None = None
+        self._retractable = 0
+        self._offloaded = False
+
+    @property
+    def batch_size(self) -> int:
+        if self.state is None:
+            raise AttributeError("batch_size is unknown before the first token")
+        return self.state.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state: the same after 100 and after 100,000 tokens."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device = key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new tokens; return keys and values as they came: older ones live in the state only."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[-2]
+        self.cumulative_length = self.cumulative_length + tokens
+        if self.record_past:
+            self._retractable = min(self._retractable + tokens, MAX_LOOKBACK)
+        return key_states, value_states
+
+    @property
+    def lookback(self) -> int:
+        """Tokens the next state must be able to take back."""
+        return self._retractable if self.record_past else 0
+
+    def fetch(self, device: torch.device) -> AttentionState | None:
+        """The state, on ``device``."""
+        return None if self.state is None else self.state.to(device)
+
+    def commit(self, state: AttentionState) -> None:
+        """Store the state after the newest token; where the cache offloads, away from the accelerator."""
+        self.state = state.to("cpu") if self._offloaded else state
+
+    def get_seq_length(self) -> int:
+        if torch.compiler.is_compiling():
+            return self.cumulative_length  # type: ignore[return-value]
+        return int(self.cumulative_length)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        self._offloaded = True
+        if self.state is not None:
+            self.state = self.state.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.state is not None and self.device is not None:
+            self.state = self.state.to(self.device)
+
+    def reset(self) -> None:
+        self.state = None
+        self.is_initialized = False
+        self.cumulative_length = torch.zeros_like(self.cumulative_length)
+        self._retractable = 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens exactly, and settle the ones before them.
+
+        Raises:
+            StateError: a positive count, or more tokens than the layer kept retractable.
+        """
+        if tokens_to_remove > 0:
+            raise StateError(
+                f"crop({tokens_to_remove}): a length cannot be restored from a constant-size state; pass minus the "
+                "number of tokens to take back."
+            )
+        self._retractable = 0
+        if tokens_to_remove == 0 or self.state is None:
+            return
+        self.state = self.state.rollback(-tokens_to_remove)
+        self.cumulative_length = self.cumulative_length + tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().flatten()
+            self.state = self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state = self.state.repeat(repeats)
+
+
+def decoder_cache(cache: Cache) -> Cache:
+    """The self-attention part of a cache."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def adopt(cache: Cache, layer_idx: int) -> LinattnCacheLayer:
+    """The converted layer of ``cache`` at ``layer_idx``, put in place of an empty layer of another kind if need be.
+
+    Raises:
+        StateError: the layer there already holds keys and values of an unconverted layer.
+    """
+    cache = decoder_cache(cache)
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+    current = cache.layers[layer_idx]
+    if isinstance(current, LinattnCacheLayer):
+        return current
+    if current.get_seq_length() > 0:
+        raise StateError(
+            f"past_key_values: layer {layer_idx} holds {int(current.get_seq_length())} tokens as keys and values "
+            f"({type(current).__name__}), but the model's layer is converted and keeps an AttentionState. Start from "
+            "an empty cache, or from one that this model filled."
+        )
+    layer = LinattnCacheLayer(record_past=getattr(current, "record_past", False))
+    cache.layers[layer_idx] = layer
+    return layer

@@ -1,0 +1,413 @@
+"""The seam: what transformers calls in place of softmax attention, and what it hands over.
+
+Two functions are registered under the name ``"linattn"``: an attention function and a mask function. The attention
+function finds the :class:`ConvertedAttention` child of the module that calls it; a module without one was kept softmax
+and is sent on to the implementation it had. A forward pre-hook hands each converted module its cache layer, which the
+attention function would not see otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from linattn.convert.cache import LinattnCacheLayer, adopt
+from linattn.convert.plan import LayerPlan
+from linattn.errors import ConversionError, ShapeError, UnsupportedError
+from linattn.feature_maps import SequenceMap, make
+from linattn.kernels import kernel_attention
+
+NAME = "linattn"
+KEPT_ATTRIBUTE = "_linattn_kept"
+"""Set on every attention module behind the seam: the implementation that softmax layers use."""
+HALF_LIVES = (64.0, 8192.0)
+"""Half-lives, in tokens, over which the heads' decays start log-spaced."""
+
+
+class ConvertedAttention(nn.Module):
+    """The linear attention of one converted layer: a feature map, a far bias and, if asked for, a decay.
+
+    It lives as the child ``linattn`` of the attention module it serves; the projections, norms and rotary embedding
+    stay that module's own. See :func:`linattn.kernels.kernel_attention` for the operator.
+
+    Args:
+        layer: what the plan says about this layer.
+        device, dtype: of the parameters.
+    """
+
+    far_bias: nn.Parameter
+
+    def __init__(
+        self, layer: LayerPlan, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if layer.feature_map is None:
+            raise ConversionError(f"{layer.path}: kind='convert' needs a feature_map.")
+        self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
+        self.feature_map = make(
+            layer.feature_map,
+            layer.head_dim,
+            num_heads=layer.heads,
+            num_kv_heads=layer.kv_heads,
+            scale=layer.scale,
+            device=device,
+            dtype=dtype,
+            **layer.feature_map_options,
+        )
+        self.far_bias = nn.Parameter(torch.empty(layer.heads, device=device, dtype=dtype))
+        if self.decay == "fixed":
+            self.log_half_life = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
+        elif self.decay == "data":
+            self.gate_weight = nn.Parameter(torch.empty(layer.kv_heads, layer.head_dim, device=device, dtype=dtype))
+            self.gate_bias = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
+        self._cache_layer: LinattnCacheLayer | None = None
+        self._reset_own_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the feature map's, the bias's and the decay's starting values, in place."""
+        self.feature_map.reset_parameters()
+        self._reset_own_parameters()
+
+    @torch.no_grad()
+    def _reset_own_parameters(self) -> None:
+        self.far_bias.zero_()
+        if self.decay is None:
+            return
+        low, high = map(math.log, HALF_LIVES)
+        heads = self.feature_map.num_kv_heads
+        log_half_life = torch.linspace(low, high, heads) if heads > 1 else torch.tensor([(low + high) / 2])
+        if self.decay == "fixed":
+            self.log_half_life.copy_(log_half_life)
+        else:
+            rate = math.log(2) * torch.exp(-log_half_life)
+            self.gate_weight.zero_()
+            self.gate_bias.copy_(torch.log(torch.expm1(rate)))
+
+    def log_gates(self, k: Tensor) -> Tensor | None:
+        """Log-gates ≤ 0 of keys ``[B, T, Hkv, D]``: None, ``[Hkv]`` (fixed) or ``[B, T, Hkv]`` (data), in float32."""
+        if self.decay is None:
+            return None
+        wide = torch.promote_types(k.dtype, torch.float32)
+        if self.decay == "fixed":
+            return -math.log(2) * torch.exp(-self.log_half_life.to(wide))
+        gate = torch.einsum("bthd,hd->bth", k.to(wide), self.gate_weight.to(wide)) + self.gate_bias.to(wide)
+        return -nn.functional.softplus(gate)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache_layer: LinattnCacheLayer | None = None,
+    ) -> Tensor:
+        """Attention of new tokens over themselves and what ``cache_layer`` remembers.
+
+        Args:
+            q: ``[B, T, H, D]``. k: ``[B, T, Hkv, D]``. v: ``[B, T, Hkv, V]``.
+            scale: the layer's softmax scale. softcap: its softcap. sink_logits: ``[H]``.
+            mask: ``[B, T]`` bool, True for real tokens.
+            cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens.
+            cache_layer: where the state is read from and stored to.
+
+        Returns:
+            ``[B, T, H, V]``.
+        """
+        phi = self.feature_map
+        if isinstance(phi, SequenceMap):
+            return phi.attend(q, k, v, mask)
+        if scale is not None and not math.isclose(scale, phi.scale, rel_tol=1e-6):
+            raise ConversionError(
+                f"The layer calls attention with scaling={scale:g}, its feature map was built for {phi.scale:g}. Set "
+                "that layer's scale in the plan (plan.layers[i].scale) and convert with it."
+            )
+        shape = q.shape
+        if cu_seqlens is not None:
+            if cache_layer is not None:
+                raise UnsupportedError(
+                    "Packed sequences (position_ids that restart, cu_seq_lens_q or seq_idx) came with a cache, which "
+                    "holds one sequence per row; pass use_cache=False."
+                )
+            q, k, v = (t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v))
+            mask = None if mask is None else mask.reshape(1, -1)
+        result = kernel_attention(
+            q,
+            k,
+            v,
+            feature_map=phi,
+            window=self.window,
+            sinks=self.sinks,
+            decay=self.log_gates(k),
+            far_bias=self.far_bias,
+            scale=phi.scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            causal=self.causal,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            state=None if cache_layer is None else cache_layer.fetch(q.device),
+            return_state=cache_layer is not None,
+            lookback=0 if cache_layer is None else cache_layer.lookback,
+        )
+        if cache_layer is not None and result.state is not None:
+            cache_layer.commit(result.state)
+        return result.out.reshape(*shape[:-1], v.shape[-1])
+
+    def take_cache_layer(self) -> LinattnCacheLayer | None:
+        """The cache layer handed over for this call, once."""
+        layer, self._cache_layer = self._cache_layer, None
+        return layer
+
+    def extra_repr(self) -> str:
+        parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
+        return ", ".join(parts)
+
+
+class TokenMask:
+    """What the mask function hands every layer in place of a ``[B, 1, T, Tk]`` mask: a description, linear in T.
+
+    Converted layers read ``padding`` and ``cu_seqlens``; a layer kept softmax has its implementation's own mask built
+    by :meth:`build`, once for all layers that share it.
+
+    Attributes:
+        padding: ``[B, T]`` bool over the new tokens, True for real ones; None if all are.
+        cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens, or None.
+        causal: whether a token sees only itself and earlier ones.
+        exact: whether the three say all there is to say; False under a custom mask pattern.
+    """
+
+    def __init__(
+        self, padding: Tensor | None, cu_seqlens: Tensor | None, causal: bool, exact: bool, recipe: dict[str, Any]
+    ) -> None:
+        self.padding = padding
+        self.cu_seqlens = cu_seqlens
+        self.causal = causal
+        self.exact = exact
+        self._recipe = recipe
+        self._built: dict[tuple[str, int], Any] = {}
+
+    def build(self, implementation: str, keys: int) -> Any:
+        """The mask that ``implementation`` wants for ``keys`` key positions."""
+        if (implementation, keys) not in self._built:
+            recipe = dict(self._recipe)
+            if recipe["kv_offset"] == 0:
+                recipe["kv_length"] = keys
+            mask_function = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+            self._built[implementation, keys] = mask_function(**recipe)
+        return self._built[implementation, keys]
+
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> TokenMask:
+        """The same mask on another device: what multi-device dispatch asks of a layer's inputs."""
+
+        def move(t: Any) -> Any:
+            return t.to(device, **kwargs) if isinstance(t, Tensor) else t
+
+        recipe = {name: move(value) for name, value in self._recipe.items()} | {"device": torch.device(device)}
+        return TokenMask(move(self.padding), move(self.cu_seqlens), self.causal, self.exact, recipe)
+
+
+def token_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> TokenMask:
+    """The mask function registered as ``"linattn"``; arguments as transformers passes them to every mask function."""
+    recipe = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+        **kwargs,
+    }
+    causal, cu_seqlens = mask_function is not bidirectional_mask_function, None
+    if not use_vmap and mask_function not in (causal_mask_function, bidirectional_mask_function):
+        causal, cu_seqlens = _read_pattern(mask_function, batch_size, q_length, q_offset, device)
+    padding = None if attention_mask is None else _new_tokens(attention_mask, q_length, q_offset)
+    return TokenMask(padding, cu_seqlens, causal, not use_vmap, recipe)
+
+
+def _new_tokens(attention_mask: Tensor, q_length: int, q_offset: int | Tensor) -> Tensor | None:
+    """The columns of a 2-D padding mask that belong to the new tokens; None if all of them are real."""
+    end = q_offset + q_length
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < end:
+        raise ShapeError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected [B, {int(end)}]: the "
+            f"{int(q_offset)} cached tokens and the {q_length} new ones."
+        )
+    padding = attention_mask[:, q_offset:end].bool()
+    if not torch.compiler.is_compiling() and bool(padding.all()):
+        return None
+    return padding
+
+
+def _read_pattern(
+    mask_function: Callable[..., Any], batch_size: int, q_length: int, q_offset: int | Tensor, device: Any
+) -> tuple[bool, Tensor | None]:
+    """Whether an index-based mask function is causal, and the boundaries of the sequences it keeps apart.
+
+    Asking it about neighbours only, T questions instead of T²: a token that does not see the one before it begins a
+    sequence; one that sees the one after it is not causal.
+    """
+    if q_length < 2:
+        return True, None
+    rows = torch.arange(batch_size, device=device)[:, None]
+    head = torch.zeros_like(rows)
+    after = torch.arange(1, q_length, device=device)[None] + q_offset
+    before = after - 1
+    joined = torch.as_tensor(mask_function(rows, head, after, before), device=device)
+    causal = not bool(torch.as_tensor(mask_function(rows, head, before, after)).any())
+    if bool(joined.all()):
+        return causal, None
+    starts = torch.ones(batch_size, q_length, dtype=torch.bool, device=device)
+    starts[:, 1:] = ~joined
+    return causal, _boundaries(starts)
+
+
+def _boundaries(starts: Tensor) -> Tensor:
+    """``[B, T]`` bool, True where a sequence begins → ``[N + 1]`` boundaries over the flattened tokens."""
+    total = torch.full((1,), starts.numel(), dtype=torch.int64, device=starts.device)
+    return torch.cat([starts.flatten().nonzero().flatten(), total])
+
+
+def _packing(shape: torch.Size, cu_seq_lens: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+    """Boundaries over the flattened tokens from what a packing collator passes along, or None."""
+    if cu_seq_lens is not None:
+        return cu_seq_lens.flatten().long()
+    if seq_idx is None:
+        return None
+    seq_idx = seq_idx.expand(shape[0], shape[1])
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return _boundaries(starts)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function registered as ``"linattn"``.
+
+    Args:
+        module: the attention module that calls.
+        query: ``[B, H, T, D]``. key, value: ``[B, Hkv, T, D]``, of the new tokens only in a converted layer.
+        attention_mask: a :class:`TokenMask`, or None.
+        kwargs: what the family adds: ``softcap``, ``s_aux``, packing boundaries and others.
+
+    Returns:
+        ``[B, T, H, V]``, and None for the attention weights, which are never formed.
+    """
+    converted = module._modules.get(NAME)
+    if not isinstance(converted, ConvertedAttention):
+        return _kept_forward(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
+    cache_layer = converted.take_cache_layer()
+    _refuse_unsupported(query, attention_mask, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    padding, cu_seqlens = None, None
+    if isinstance(attention_mask, TokenMask):
+        padding, cu_seqlens, causal = attention_mask.padding, attention_mask.cu_seqlens, attention_mask.causal
+    if causal != converted.causal:
+        told = {True: "causal", False: "bidirectional"}
+        raise UnsupportedError(
+            f"{type(module).__name__} was converted as {told[converted.causal]} attention and is called as "
+            f"{told[causal]}; convert the model in the form it is used in."
+        )
+    packing = _packing(query.transpose(1, 2).shape, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
+    out = converted(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        scale=scaling,
+        softcap=kwargs.get("softcap"),
+        sink_logits=kwargs.get("s_aux"),
+        mask=padding,
+        cu_seqlens=cu_seqlens if packing is None else packing,
+        cache_layer=cache_layer,
+    )
+    return out, None
+
+
+def _refuse_unsupported(query: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedError("position_bias: a bias per pair of positions has no constant-size memory.")
+    if isinstance(attention_mask, Tensor):
+        raise UnsupportedError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}; a converted layer takes a padding mask [B, T] "
+            "(and position_ids or cu_seq_lens_q for packing), not one value per pair of tokens."
+        )
+    if isinstance(attention_mask, TokenMask) and not attention_mask.exact:
+        raise UnsupportedError(
+            "A custom mask pattern (or_mask_function / and_mask_function) cannot be applied by a converted layer; "
+            "keep the layers it is for softmax."
+        )
+    distributed_tensor = sys.modules.get("torch.distributed.tensor")
+    if distributed_tensor is not None and isinstance(query, distributed_tensor.DTensor):
+        raise UnsupportedError("The queries are a DTensor: sharding a sequence over ranks would give wrong attention.")
+
+
+def _kept_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of a layer the plan keeps, by the implementation the model had."""
+    implementation: str | None = getattr(module, KEPT_ATTRIBUTE, None)
+    if implementation is None:
+        raise ConversionError(
+            f"{type(module).__name__} runs with attn_implementation='linattn' but belongs to no converted model; use "
+            "linattn.convert_model, which sets it where it applies."
+        )
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    if isinstance(attention_mask, TokenMask):
+        attention_mask = attention_mask.build(implementation, key.shape[2])
+    if is_causal is not None:
+        kwargs["is_causal"] = is_causal
+    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a converted attention module: find the cache among its arguments, whatever its name."""
+    converted = module._modules[NAME]
+    cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
+    converted._cache_layer = None if cache is None else adopt(cache, module.layer_idx)  # type: ignore
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, token_mask)

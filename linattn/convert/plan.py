@@ -1,0 +1,324 @@
+"""What a conversion will do, layer by layer: printable, editable, saved beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linattn.errors import CheckpointError, ConversionError, LinattnError, OptionError
+from linattn.feature_maps import FeatureMap, SequenceMap, get, make
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT = 1
+DECAYS = (None, "fixed", "data")
+
+MapSpec = str | type[FeatureMap] | Callable[["LayerPlan"], FeatureMap]
+
+
+@dataclasses.dataclass
+class LayerPlan:
+    """One attention layer of a model and what becomes of it.
+
+    Attributes:
+        index: position among the model's attention layers, in module order.
+        path: name of the attention module in the model.
+        attention: its class.
+        kind: ``"convert"``, or ``"keep"`` for softmax attention as it was.
+        reason: why it is kept; empty for a converted layer.
+        supported: False where conversion is impossible; ``reason`` says why.
+        heads, kv_heads, head_dim: sizes H, Hkv, D of its queries and keys.
+        scale: its softmax scale.
+        causal: False for bidirectional attention.
+        feature_map: name of the registered feature map.
+        feature_map_options: options of that map.
+        window: tokens attended exactly, the query's own included.
+        sinks: first tokens attended exactly by all.
+        decay: None, ``"fixed"`` (one learned half-life per key/value head) or ``"data"`` (gated by each key).
+        native_window: the layer's own sliding window, or None.
+        notes: what changes beyond the attention itself.
+    """
+
+    index: int
+    path: str
+    attention: str
+    kind: str
+    reason: str = ""
+    supported: bool = True
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    scale: float | None = None
+    causal: bool = True
+    feature_map: str | None = None
+    feature_map_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    window: int = 0
+    sinks: int = 0
+    decay: str | None = None
+    native_window: int | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class ConversionPlan:
+    """Which layers of a model are converted, how, and what stays softmax and why.
+
+    Make one with :func:`plan_model`, print it, edit ``plan.layers[i]`` or call :meth:`keep`, and pass it to
+    :func:`~linattn.convert_model`. A converted model carries it in ``model.config.linattn``.
+    """
+
+    model_type: str
+    layers: list[LayerPlan]
+
+    @property
+    def converted(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.kind == "convert"]
+
+    @property
+    def kept(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.kind == "keep"]
+
+    def keep(self, *indices: int, reason: str = "asked for") -> ConversionPlan:
+        """Leave the layers at ``indices`` softmax; returns the plan."""
+        _check_indices("indices", indices, self.layers)
+        for index in indices:
+            self.layers[index].kind, self.layers[index].reason = "keep", reason
+        return self
+
+    def check(self) -> None:
+        """Raise unless every entry is complete and its feature map can be built.
+
+        Raises:
+            ConversionError: a layer that cannot be converted is marked so, or none is.
+            OptionError, FeatureMapError: a field is outside its domain.
+        """
+        for layer in self.layers:
+            if layer.kind not in ("convert", "keep"):
+                raise OptionError(f"{layer.path}: kind={layer.kind!r}, expected 'convert' or 'keep'.")
+            if layer.kind == "convert":
+                _check_layer(layer)
+        if not self.converted:
+            raise ConversionError(f"{self.model_type}: nothing is left to convert.\n{_refusals(self.layers)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "model_type": self.model_type, "layers": [dataclasses.asdict(x) for x in self.layers]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ConversionPlan:
+        """The plan :meth:`to_dict` wrote.
+
+        Raises:
+            CheckpointError: ``data`` is not such a plan.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise CheckpointError(f"Plan format {data['format']!r}; this version reads format {FORMAT}.")
+            return cls(data["model_type"], [LayerPlan(**layer) for layer in data["layers"]])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"Not a conversion plan: {error!r}.") from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ConversionPlan:
+        """Inverse of :meth:`to_json`. Raises :class:`CheckpointError` if ``text`` is not a plan."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"Not a conversion plan: {error}.") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> ConversionPlan:
+        """Read what :meth:`save` wrote. Raises :class:`CheckpointError` if there is no plan at ``path``."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: no conversion plan there: {error}.") from error
+
+    def __str__(self) -> str:
+        header = ("#", "layer", "attention", "heads", "becomes", "window", "sinks", "decay", "why")
+        rows = [header]
+        for layer in self.layers:
+            why = "; ".join([layer.reason] * bool(layer.reason) + layer.notes)
+            heads = f"{layer.heads}/{layer.kv_heads}×{layer.head_dim}" if layer.heads else ""
+            how = ("softmax", "", "", "", why)
+            if layer.kind == "convert":
+                how = (str(layer.feature_map), str(layer.window), str(layer.sinks), str(layer.decay or "-"), why)
+            rows.append((str(layer.index), layer.path, layer.attention, heads, *how))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        title = f"{self.model_type}: {len(self.converted)} of {len(self.layers)} attention layers converted"
+        return "\n".join([title, *lines])
+
+
+def plan_model(
+    model: PreTrainedModel,
+    *,
+    feature_map: MapSpec = "hedgehog",
+    window: int = 128,
+    sinks: int = 4,
+    decay: str | None = None,
+    feature_map_options: dict[str, Any] | None = None,
+    layers: Iterable[int] | None = None,
+    keep_softmax: Iterable[int] = (),
+    native_sliding: str = "keep",
+    on_unsupported: str = "error",
+) -> ConversionPlan:
+    """What :func:`~linattn.convert_model` would do with these arguments, without doing it.
+
+    Args:
+        model: a transformers model; it is not changed.
+        feature_map: a registered name, a :class:`~linattn.feature_maps.FeatureMap` class, or a factory that is called
+            with each layer's plan once, to learn the name and options of the map it returns.
+        window: tokens attended exactly. sinks: first tokens attended exactly by all.
+        decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
+        feature_map_options: options of the feature map.
+        layers: indices of the attention layers to convert; default all that can be.
+        keep_softmax: indices of the attention layers to leave softmax.
+        native_sliding: ``"keep"`` leaves layers with a sliding window of their own as they are; ``"convert"``
+            converts them with the smaller of the two windows.
+        on_unsupported: ``"error"`` refuses a model in which a chosen layer cannot be converted; ``"keep"`` leaves
+            that layer softmax.
+
+    Raises:
+        ConversionError: nothing can be converted, or a layer cannot; layer, class, reason and remedy are named.
+        OptionError: an option is outside its domain.
+        FeatureMapError: the feature map is unknown, or refuses its options.
+    """
+    from linattn.convert.seam import find_attention
+
+    _check_options(window, sinks, decay, native_sliding, on_unsupported)
+    found = list(find_attention(model))
+    entries = [layer for layer, _ in found]
+    keep_softmax = tuple(keep_softmax)
+    chosen = None if layers is None else tuple(layers)
+    _check_indices("layers", chosen or (), entries)
+    _check_indices("keep_softmax", keep_softmax, entries)
+    if chosen is not None and (both := sorted(set(chosen) & set(keep_softmax))):
+        raise OptionError(f"layers and keep_softmax both name {both}; a layer is converted or kept.")
+
+    refused = []
+    for layer in entries:
+        if layer.index in keep_softmax:
+            layer.kind, layer.reason = "keep", "asked for"
+        elif chosen is not None and layer.index not in chosen:
+            layer.kind, layer.reason = "keep", "not among the layers asked for"
+        elif not layer.supported:
+            refused.append(layer)
+        elif layer.native_window is not None and native_sliding == "keep":
+            layer.kind, layer.reason = "keep", f"has a sliding window of its own ({layer.native_window})"
+        else:
+            _fill(layer, feature_map, feature_map_options or {}, window, sinks, decay)
+    plan = ConversionPlan(model.config.model_type, entries)
+    # A layer that is linear already is no obstacle to converting the others.
+    blocking = [layer for layer in refused if not layer.reason.startswith("is linear")]
+    if blocking and on_unsupported == "error":
+        remedy = "on_unsupported='keep' leaves them as they are, keep_softmax=[…] names them"
+        if len(blocking) == len(entries):
+            remedy = "no layer of this model can be converted"
+        raise ConversionError(
+            f"{type(model).__name__} has layers that cannot be converted ({remedy}).\n{_refusals(blocking)}"
+        )
+    if not plan.converted:
+        native = [layer for layer in entries if layer.native_window is not None and layer.supported]
+        remedy = " native_sliding='convert' converts layers with a sliding window." if native else ""
+        raise ConversionError(f"{type(model).__name__}: nothing is left to convert.{remedy}\n{_refusals(entries)}")
+    plan.check()
+    return plan
+
+
+def _fill(
+    layer: LayerPlan, feature_map: MapSpec, options: dict[str, Any], window: int, sinks: int, decay: str | None
+) -> None:
+    """Settle how a layer is converted."""
+    layer.kind, layer.reason = "convert", ""
+    layer.window, layer.sinks, layer.decay = window, sinks, decay
+    layer.feature_map_options = dict(options)
+    if isinstance(feature_map, str):
+        layer.feature_map = feature_map
+    elif isinstance(feature_map, type) and issubclass(feature_map, FeatureMap):
+        layer.feature_map = feature_map.name
+    elif callable(feature_map) and not isinstance(feature_map, FeatureMap):
+        built = feature_map(layer)
+        if not isinstance(built, FeatureMap):
+            raise OptionError(f"feature_map: the factory returned {built!r}, expected a FeatureMap.")
+        layer.feature_map, layer.feature_map_options = built.name, built.options() | layer.feature_map_options
+    else:
+        raise OptionError(
+            f"feature_map: got {feature_map!r}, expected a registered name, a FeatureMap class or a factory; one "
+            "instance cannot serve several layers."
+        )
+    if layer.native_window is not None:
+        layer.window = min(window, layer.native_window)
+        layer.notes.append(f"its own sliding window of {layer.native_window} gives way to the far branch")
+    if issubclass(get(layer.feature_map), SequenceMap):
+        layer.window = layer.sinks = 0
+        layer.notes.append(f"{layer.feature_map} replaces the attention as a whole: no window, no sinks")
+
+
+def _check_options(window: int, sinks: int, decay: str | None, native_sliding: str, on_unsupported: str) -> None:
+    for name, value in (("window", window), ("sinks", sinks)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise OptionError(f"{name}: got {value!r}, expected an integer ≥ 0.")
+    if decay not in DECAYS:
+        raise OptionError(f"decay: got {decay!r}, expected one of {', '.join(map(repr, DECAYS))}.")
+    if native_sliding not in ("keep", "convert"):
+        raise OptionError(f"native_sliding: got {native_sliding!r}, expected 'keep' or 'convert'.")
+    if on_unsupported not in ("error", "keep"):
+        raise OptionError(f"on_unsupported: got {on_unsupported!r}, expected 'error' or 'keep'.")
+
+
+def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan]) -> None:
+    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(layers)]
+    if wrong:
+        raise OptionError(f"{argument}: {wrong} are no attention layers of this model; it has 0 … {len(layers) - 1}.")
+
+
+def _check_layer(layer: LayerPlan) -> None:
+    if not layer.supported:
+        raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
+    if layer.feature_map is None:
+        raise OptionError(f"{layer.path}: kind='convert' needs a feature_map.")
+    _check_options(layer.window, layer.sinks, layer.decay, "keep", "error")
+    try:
+        built = make(
+            layer.feature_map,
+            layer.head_dim,
+            num_heads=layer.heads,
+            num_kv_heads=layer.kv_heads,
+            scale=layer.scale,
+            device="meta",
+            **layer.feature_map_options,
+        )
+    except LinattnError as error:
+        raise type(error)(f"{layer.path} ({layer.attention}): {error}") from error
+    if layer.causal and not built.causal:
+        raise ConversionError(
+            f"{layer.path} ({layer.attention}) is causal, and {layer.feature_map!r} mixes tokens along the sequence; "
+            "choose a map whose causal property is True (linattn.feature_maps.available())."
+        )
+    if layer.decay is not None and not layer.causal:
+        raise ConversionError(
+            f"{layer.path} ({layer.attention}) is bidirectional, and a decay needs a direction; use decay=None."
+        )
+
+
+def _refusals(layers: Iterable[LayerPlan]) -> str:
+    lines: dict[str, list[str]] = {}
+    for layer in layers:
+        lines.setdefault(f"{layer.attention}: {layer.reason}", []).append(layer.path)
+    return "\n".join(f"  {_span(paths)}  {what}" for what, paths in lines.items())
+
+
+def _span(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]} ({len(paths)} layers)"
