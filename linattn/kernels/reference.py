@@ -158,7 +158,8 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     parts = [log_near, log_far + kernel.abs().log(), (log_memory + memory_kernel.abs().log())[:, :, None]]
     if call.sink_logits is not None:
         parts.append(call.sink_logits.to(sums)[:, None, None].expand(-1, len(queries), 1))
-    shift = torch.cat(parts, dim=2).amax(2, keepdim=True).clamp_min(EMPTY_LOG_SCALE).detach()  # [H, Tq, 1]
+    shift = torch.cat(parts, dim=2).amax(2, keepdim=True).detach()  # [H, Tq, 1]
+    shift = torch.where(shift > EMPTY_LOG_SCALE, shift, 0.0)  # a row without any weight
 
     weights = (log_near - shift).exp() + (log_far - shift).exp() * kernel
     memory = (log_memory - shift[:, :, 0]).exp()
