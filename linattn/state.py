@@ -120,7 +120,7 @@ class AttentionState:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> AttentionState:
         """A state whose every tensor is ``fn`` of this one's."""
-        return dataclasses.replace(self, **{name: fn(t) for name, t in self.tensors().items()})
+        return self._with({name: fn(t) for name, t in self.tensors().items()})
 
     def select(self, indices: Tensor) -> AttentionState:
         """The sequences at ``indices`` ``[M]`` (int64, repeats allowed): beam reordering, or dropping finished rows."""
@@ -175,15 +175,11 @@ class AttentionState:
     def _shift_ring(self, front: int, back: int) -> AttentionState:
         """Add ``front`` empty slots before the oldest token, drop the ``back`` newest."""
 
-        def shift(t: Tensor | None) -> Tensor | None:
-            if t is None or front == back == 0:
-                return t
+        def shift(t: Tensor) -> Tensor:
             return torch.nn.functional.pad(t, [0, 0] * (t.ndim - 2) + [front, -back])
 
-        return dataclasses.replace(
-            self,
-            recent_k=shift(self.recent_k),
-            recent_v=shift(self.recent_v),
-            recent_far_k=shift(self.recent_far_k),
-            recent_decay=shift(self.recent_decay),
-        )
+        ring = {name: shift(t) for name, t in self.tensors().items() if name.startswith("recent_")}
+        return self._with(ring)
+
+    def _with(self, tensors: dict[str, Tensor]) -> AttentionState:
+        return AttentionState(**{**self.tensors(), **tensors}, window=self.window)

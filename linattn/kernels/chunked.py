@@ -7,6 +7,8 @@ earlier chunk. The memories of all chunks come from one prefix sum, so there is 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,8 @@ from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
 CHUNK_SIZE = 128
+SEGMENT_TOKENS = 2048
+MAX_COMPILED_SEGMENTS = 16
 STEP_TOKENS = 16
 """Up to this many new tokens are read against the ring directly, without laying out chunks."""
 
@@ -36,7 +40,47 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
         return empty, (call.state if call.state is not None else empty_state(call)) if call.return_state else None
     if not call.causal and call.window == 0 and call.cu_seqlens is None:
         return _attend_all(call), None
+    segment = _segment(call)
+    if call.causal and call.cu_seqlens is None and length > segment:
+        return _attend_segments(call, segment)
     return _attend_chunks(call)
+
+
+def _segment(call: Call) -> int:
+    """Tokens laid out at once. Few enough that a step's tensors stay in cache and are reused, instead of fresh pages."""
+    segment = max(SEGMENT_TOKENS, 8 * call.window)
+    if torch.compiler.is_compiling():  # a graph of at most that many copies of the work
+        segment = max(segment, -(-call.q.shape[1] // MAX_COMPILED_SEGMENTS))
+    return segment
+
+
+def _attend_segments(call: Call, segment: int) -> tuple[Tensor, AttentionState | None]:
+    """A long sequence as segments, each continuing from the state of the one before."""
+    length = call.q.shape[1]
+    state, outs = call.state, []
+    for start in range(0, length, segment):
+        stop = min(start + segment, length)
+
+        def cut(x: Tensor | None, start: int = start, stop: int = stop) -> Tensor | None:
+            return None if x is None else x[:, start:stop]
+
+        last = stop == length
+        part = dataclasses.replace(
+            call,
+            q=call.q[:, start:stop],
+            k=call.k[:, start:stop],
+            v=call.v[:, start:stop],
+            q_far=cut(call.q_far),
+            k_far=cut(call.k_far),
+            decay=cut(call.decay),
+            mask=cut(call.mask),
+            state=state,
+            return_state=call.return_state or not last,
+            lookback=call.lookback if last else 0,
+        )
+        out, state = attend(part)
+        outs.append(out)
+    return torch.cat(outs, 1), state
 
 
 def empty_state(call: Call) -> AttentionState:
@@ -111,7 +155,7 @@ def _merge_heads(out: Tensor, dtype: torch.dtype) -> Tensor:
 def _chunks(x: Tensor, c: int) -> Tensor:
     """``[R, n · C, h, ...]`` to ``[R, h, n, C, ...]``."""
     x = x.view(x.shape[0], x.shape[1] // c, c, *x.shape[2:])
-    return x.permute(0, 3, 1, 2, *range(4, x.ndim))
+    return x.permute(0, 3, 1, 2, *range(4, x.ndim)).contiguous()
 
 
 def _extend(x: Tensor, before: int, after: int, value: float = 0) -> Tensor:
@@ -325,8 +369,8 @@ def _attend_all(call: Call) -> Tensor:
         slot = torch.arange(call.sinks, device=device)
         found = rank[:, None, :] == slot[:, None]  # [B, S, Tk]
         index = found.long().argmax(-1)[..., None, None]
-        blocks = (x.gather(1, index.expand(-1, -1, *x.shape[2:])).to(sums).transpose(1, 2)[:, :, None] for x in (k, v))
-        exact.append(Exact(*blocks, found.any(-1)[:, None, None, None].expand(-1, -1, -1, length, -1)))
+        blocks = [x.gather(1, index.expand(-1, -1, *x.shape[2:])).to(sums).transpose(1, 2)[:, :, None] for x in (k, v)]
+        exact.append(Exact(blocks[0], blocks[1], found.any(-1)[:, None, None, None].expand(-1, -1, -1, length, -1)))
     summed: list[Summed] = []
     if phi_k is not None:
         counts = (there & (key_at >= call.sinks))[:, None, None].to(sums)
@@ -367,10 +411,10 @@ def _sink_block(call: Call, lay: Layout, sink_k: Tensor, sink_v: Tensor, there: 
     if lay.packed:
         owner = lay.sequence.clamp_min(0)
         mask = mask & there[owner][:, None, :, None]
-        k, v = (x[owner].permute(0, 3, 1, 2, 4) for x in (sink_k, sink_v))
+        k, v = sink_k[owner].permute(0, 3, 1, 2, 4), sink_v[owner].permute(0, 3, 1, 2, 4)
     else:
         mask = mask & there[:, None, None, None]
-        k, v = (x.transpose(1, 2).unsqueeze(2) for x in (sink_k, sink_v))
+        k, v = sink_k.transpose(1, 2).unsqueeze(2), sink_v.transpose(1, 2).unsqueeze(2)
     return Exact(k.to(call.sums), v.to(call.sums), mask)
 
 

@@ -87,34 +87,32 @@ def read(
     lead, (groups, c) = shape[:3], shape[3:]
     flat = queries.q.reshape(*lead, groups * c, -1)
 
+    # Maxima only shift; EMPTY stays far enough below any shift that a masked weight is an exact zero.
     logits = []
     for part in exact:
         s = ((flat * scale) @ part.k.transpose(-1, -2)).view(*shape, -1)
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
-        logits.append(s.masked_fill(~part.mask[:, :, :, None], EMPTY_LOG_SCALE))
+        logits.append(s.masked_fill_(~part.mask[:, :, :, None], EMPTY_LOG_SCALE))
 
     num = den = log_far = None
     if queries.features is not None:
         num, den, log_scale = _read_far(queries.features, far, summed)
         log_far = log_scale if queries.log_scale is None else queries.log_scale + log_scale
 
-    tops = [s.amax(-1) for s in logits if s.shape[-1]]
+    tops = [s.detach().amax(-1) for s in logits if s.shape[-1]]
     if den is not None and log_far is not None:
-        tops.append((log_far + den.abs().clamp_min(FAR_FLOOR).log()).expand(shape))
+        tops.append((log_far + den.abs().clamp_min(FAR_FLOOR).log()).detach().expand(shape))
     if sink_logits is not None:
         sink_logits = sink_logits.view(1, lead[1], 1, groups, 1)
-        tops.append(sink_logits.expand(shape))
-    top = tops[0]
-    for other in tops[1:]:
-        top = torch.maximum(top, other)
-    top = top.detach()
+        tops.append(sink_logits.detach().expand(shape))
+    top = _maximum(tops)
 
     if num is not None and den is not None and log_far is not None:
         far_weight = (log_far - top).exp()
         num, den = num * far_weight[..., None], den * far_weight
     for s, part in zip(logits, exact, strict=True):
-        w = (s - top[..., None]).exp() * part.mask[:, :, :, None]
+        w = s.sub_(top[..., None]).exp_()
         near = (w.view(*lead, groups * c, -1) @ part.v).view(*shape, -1)
         num = near if num is None else num + near
         den = w.sum(-1) if den is None else den + w.sum(-1)
@@ -125,23 +123,27 @@ def read(
     return num / safe_denominator(den)[..., None]
 
 
+def _maximum(tops: list[Tensor]) -> Tensor:
+    top = tops[0]
+    for other in tops[1:]:
+        top = torch.maximum(top, other)
+    return top.clamp_min(EMPTY_LOG_SCALE / 2)
+
+
 def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator ``[R, h, n, G, C, V]``, normaliser ``[R, h, n, G, C]`` and their log-scale ``[R, h, n, 1, C]``."""
     shape = features.shape[:-1]
     lead, (groups, c) = shape[:3], shape[3:]
     flat = features.reshape(*lead, groups * c, -1)
     weights = [None if f.log_weight is None else f.log_weight.masked_fill(~f.mask, EMPTY_LOG_SCALE) for f in far]
-    tops = [w.amax(-1) for w in weights if w is not None and w.shape[-1]]
-    tops += [m.log_weight.expand(*lead, c) for m in summed if m.log_weight is not None]
+    tops = [w.detach().amax(-1) for w in weights if w is not None and w.shape[-1]]
+    tops += [m.log_weight.detach().expand(*lead, c) for m in summed if m.log_weight is not None]
     top = features.new_zeros(1, 1, 1, 1)
     unscaled = None  # what a part without log-weight is multiplied by
     if tops:
         if len(tops) < len(far) + len(summed):
             tops.append(torch.zeros_like(tops[0]))
-        top = tops[0]
-        for other in tops[1:]:
-            top = torch.maximum(top, other)
-        top = top.detach()
+        top = _maximum(tops)
         unscaled = (-top).exp()
 
     num: Tensor | None = None
@@ -149,17 +151,17 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
     for f, w in zip(far, weights, strict=True):
         kernel = (flat @ f.features.transpose(-1, -2)).view(*shape, -1)
         if w is not None:
-            relative = (w - top[..., None]).exp() * f.mask
+            decayed = (w - top[..., None]).exp()
         else:
-            relative = f.mask.to(kernel.dtype) if unscaled is None else unscaled[..., None] * f.mask
-        kernel = kernel * relative[:, :, :, None]
+            decayed = f.mask.to(kernel.dtype) if unscaled is None else unscaled[..., None] * f.mask
+        kernel = kernel * decayed[:, :, :, None]
         part = (kernel.view(*lead, groups * c, -1) @ f.v).view(*shape, -1)
         num = part if num is None else num + part
         den = kernel.sum(-1) if den is None else den + kernel.sum(-1)
     for m in summed:
         part, mass = _read_summed(flat, m)
         part, mass = part.view(*shape, -1), mass.view(shape)
-        relative = unscaled if m.log_weight is None else (m.log_weight - top).exp()
+        relative: Tensor | None = unscaled if m.log_weight is None else (m.log_weight - top).exp()
         if m.there is not None:
             there = m.there[..., None].to(part.dtype)
             relative = there if relative is None else relative * there
@@ -175,9 +177,12 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
 
 def _read_summed(flat: Tensor, m: Summed) -> tuple[Tensor, Tensor]:
     """``flat [R, h, n, G · C, F]`` against the memory of its block: ``[.., G · C, V]`` and ``[.., G · C, 1]``."""
+    n = flat.shape[2]
+    if m.kv.shape[2] == 1 < n:  # one memory for all blocks: one product
+        together = flat.flatten(2, 3)
+        return together @ m.kv[:, :, 0], together @ m.k[:, :, 0, :, None]
     if m.shift == 0:
         return flat @ m.kv, flat @ m.k[..., None]
-    n = flat.shape[2]
     here, there = (slice(m.shift, n), slice(0, n - m.shift)) if m.shift > 0 else (slice(0, m.shift), slice(-m.shift, n))
     pad = [0, 0, 0, 0, max(m.shift, 0), max(-m.shift, 0)]
     read = flat[:, :, here]
