@@ -65,32 +65,23 @@ def _normal(rows: int, columns: int, generator: Generator) -> Tensor:
 
 
 def _orthogonal(rows: int, head_dim: int, generator: Generator) -> Tensor:
-    def block() -> Tensor:
-        q, r = torch.linalg.qr(_normal(head_dim, head_dim, generator))
-        return q * r.diagonal().sign()  # makes q uniform over the orthogonal group
-
-    return _stack(block, rows, _normal(rows, head_dim, generator).norm(dim=1))
+    blocks = -(-rows // head_dim)
+    gaussian = torch.randn(blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]  # uniform over the orthogonal group
+    return q.flatten(0, 1)[:rows] * _normal(rows, head_dim, generator).norm(dim=1, keepdim=True)
 
 
 def _structured(rows: int, head_dim: int, generator: Generator) -> Tensor:
     size = 1 << (head_dim - 1).bit_length()
+    blocks = -(-rows // size)
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while len(hadamard) < size:
         hadamard = torch.kron(hadamard, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)) / 2**0.5
-
-    def block() -> Tensor:
-        signs = 2.0 * torch.randint(2, (3, size), generator=generator) - 1
-        return hadamard * signs[0] @ hadamard * signs[1] @ hadamard * signs[2]
-
-    return _stack(block, rows, _normal(rows, size, generator).norm(dim=1))[:, :head_dim]
-
-
-def _stack(block: Callable[[], Tensor], rows: int, norms: Tensor) -> Tensor:
-    """The first ``rows`` rows of as many orthogonal blocks as it takes, rescaled to ``norms``."""
-    blocks = [block()]
-    while sum(map(len, blocks)) < rows:
-        blocks.append(block())
-    return torch.cat(blocks)[:rows] * norms[:, None]
+    signs = 2.0 * torch.randint(2, (3, blocks, 1, size), generator=generator) - 1
+    product = (hadamard * signs[0]) @ (hadamard * signs[1]) @ (hadamard * signs[2])
+    norms = _normal(rows, size, generator).norm(dim=1, keepdim=True)
+    return product.flatten(0, 1)[:rows, :head_dim] * norms
 
 
 def _qmc(rows: int, head_dim: int, generator: Generator) -> Tensor:

@@ -312,7 +312,7 @@ class FavorPlusPlus(RandomFeatureMap):
         self.a.copy_(_optimal_a(s, self.head_dim)[:, None])
 
     def _reset_a(self) -> None:
-        unit_variance = torch.tensor(2 * self.scale * self.head_dim, dtype=torch.float64)
+        unit_variance = torch.tensor(2 * self.scale * self.head_dim, dtype=torch.float64, device="cpu")
         self.a.fill_(_optimal_a(unit_variance, self.head_dim).item() if self._start is None else self._start)
 
     def _features(self, x: Tensor, dtype: torch.dtype) -> Features:
