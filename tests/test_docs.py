@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from linattn.feature_maps import available, get
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -67,3 +69,44 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every ``linattn`` command line of the pages: where it stands, and its words up to a redirection."""
+    found = []
+    for page in PAGES:
+        for start, body, _ in blocks(page, "console"):
+            for offset, line in enumerate(body, 1):
+                words = shlex.split(line)
+                if words[:2] == ["$", "linattn"]:
+                    stop = next((i for i, word in enumerate(words) if word in ("<", ">", "|")), len(words))
+                    found.append((f"{name(page)}:{start + offset}", words[2:stop]))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), [pytest.param(*command, id=command[0]) for command in commands()])
+def test_command_lines_parse(where: str, words: list[str]) -> None:
+    typer = pytest.importorskip("typer")
+    from linattn.cli.main import app
+
+    group = typer.main.get_command(app)
+    # An unknown command, option or choice raises here; nothing is run.
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def map_table() -> str:
+    """The feature maps of the package, as the pages show them."""
+    rows = ["| name | properties | paper |", "|---|---|---|"]
+    for info in available():
+        if get(info.name).__module__.startswith("linattn."):
+            flags = [name.replace("_", "-") for name, value in info._asdict().items() if value is True]
+            flags = [flag for flag in flags if flag != "causal"] + ["bidirectional only"] * (not info.causal)
+            rows.append(f"| `{info.name}` | {', '.join(flags)} | {info.paper} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "feature-maps.md"], ids=name)
+def test_table_of_maps_is_that_of_the_registry(page: Path) -> None:
+    shown = re.search(r"<!-- maps -->\n(.*?)\n?<!-- /maps -->", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert shown is not None
+    assert shown[1] == map_table(), f"the table of {name(page)} should read:\n{map_table()}"
