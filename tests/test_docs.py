@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import linattn.convert
 from linattn.feature_maps import available, get
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_reference_lists_every_name_of_convert() -> None:
+    page = (ROOT / "docs" / "api" / "convert.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: linattn\.convert\.(\w+)$", page, re.MULTILINE)) == sorted(linattn.convert.__all__)
 
 
 def commands() -> list[tuple[str, list[str]]]:
