@@ -24,7 +24,7 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     Attributes:
         state: the memory, or None before the first token.
-        cumulative_length: 0-dim int64 on the CPU, tokens seen including padding.
+        seen: 0-dim int64 on the CPU, tokens seen including padding.
         record_past: keep recent tokens retractable until the next :meth:`crop`.
     """
 
@@ -36,7 +36,7 @@ class LinattnCacheLayer(CacheLayerMixin):
     def __init__(self, record_past: bool = False) -> None:
         super().__init__()
         self.state: AttentionState | None = None
-        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self.seen = torch.zeros((), dtype=torch.int64)
         self.record_past = record_past
         self.device: torch.device | None = None
         self._retractable = 0
@@ -62,7 +62,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[-2]
-        self.cumulative_length = self.cumulative_length + tokens
+        self.seen = self.seen + tokens
         if self.record_past:
             self._retractable = min(self._retractable + tokens, MAX_LOOKBACK)
         return key_states, value_states
@@ -82,8 +82,8 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         if torch.compiler.is_compiling():
-            return self.cumulative_length  # type: ignore[return-value]
-        return int(self.cumulative_length)
+            return self.seen  # type: ignore[return-value]
+        return int(self.seen)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -103,7 +103,7 @@ class LinattnCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.state = None
         self.is_initialized = False
-        self.cumulative_length = torch.zeros_like(self.cumulative_length)
+        self.seen = torch.zeros_like(self.seen)
         self._retractable = 0
 
     def activate_past_recording(self) -> None:
@@ -124,7 +124,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or self.state is None:
             return
         self.state = self.state.rollback(-tokens_to_remove)
-        self.cumulative_length = self.cumulative_length + tokens_to_remove
+        self.seen = self.seen + tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -155,7 +155,7 @@ def adopt(cache: Cache, layer_idx: int) -> LinattnCacheLayer:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
-    current = cache.layers[layer_idx]
+    current: Any = cache.layers[layer_idx]
     if isinstance(current, LinattnCacheLayer):
         return current
     if current.get_seq_length() > 0:

@@ -29,6 +29,7 @@ from linattn.errors import CheckpointError, UnsupportedError
 from linattn.feature_maps import FeatureMap
 
 CLASS_PREFIX = "Linattn"
+_CLASSES: dict[type, Any] = {}
 
 
 class ConvertedConfig:
@@ -50,11 +51,11 @@ class ConvertedModel:
             )
         if config._attn_implementation == NAME:
             config._attn_implementation_internal = None
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, ConversionPlan.from_dict(plan))  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):  # type: ignore
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):  # type: ignore[attr-defined]
             raise UnsupportedError(
                 "output_attentions=True: a converted layer never forms the attention matrix. Use revert_model, or "
                 "linattn.diagnostics on the queries and keys of a layer."
@@ -128,36 +129,44 @@ def _refuse_context_parallelism() -> None:
         )
 
 
+def _config_class(base: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    return base.config_class or PreTrainedConfig
+
+
 def _base_of(cls: type) -> Any:
     """The class a converted class extends."""
     return next(base for base in cls.__mro__ if base.__module__ != __name__)
 
 
-@functools.cache
-def converted_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def converted_model_class(base: type[PreTrainedModel]) -> Any:
     """``Linattn`` + ``base``: the class of a converted ``base``."""
+    if base in _CLASSES:
+        return _CLASSES[base]
     name = CLASS_PREFIX + base.__name__
     body = {
         "__module__": __name__,
         "__doc__": f"A :class:`{base.__name__}` with layers of linear attention.",
-        "config_class": converted_config_class(base.config_class),
+        "config_class": converted_config_class(_config_class(base)),
     }
-    cls = type(name, (ConvertedModel, base), body)
+    cls: Any = type(name, (ConvertedModel, base), body)
+    _CLASSES[base] = cls
     _copy_weight_conversions(base.__name__, name)
     registry: Any = _CAN_RECORD_REGISTRY
     dict.__setitem__(registry, str(cls), cls._can_record_outputs)
     return cls
 
 
-@functools.cache
-def converted_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def converted_config_class(base: type[PreTrainedConfig]) -> Any:
     """``Linattn`` + ``base``: the config class of a converted model, known to ``AutoConfig``."""
+    if base in _CLASSES:
+        return _CLASSES[base]
     body = {
         "__module__": __name__,
         "__doc__": f"A :class:`{base.__name__}` with a conversion plan in ``linattn``.",
         "model_type": PREFIX + base.model_type,
     }
-    cls = type(CLASS_PREFIX + base.__name__, (ConvertedConfig, base), body)
+    cls: Any = type(CLASS_PREFIX + base.__name__, (ConvertedConfig, base), body)
+    _CLASSES[base] = cls
     AutoConfig.register(cls.model_type, cls, exist_ok=True)
     _copy_weight_conversions(base.model_type, cls.model_type)
     return cls
@@ -193,7 +202,7 @@ def __getattr__(name: str) -> type:
     """Converted classes by name, so that they can be pickled: ``families.LinattnLlamaForCausalLM``."""
     base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None) if name.startswith(CLASS_PREFIX) else None
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
-        register_model_type(base.config_class.model_type)
+        register_model_type(_config_class(base).model_type)
         return converted_model_class(base)
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):
         register_model_type(base.model_type)

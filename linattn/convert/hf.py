@@ -206,6 +206,9 @@ class TokenMask:
             recipe = dict(self._recipe)
             if recipe["kv_offset"] == 0:
                 recipe["kv_length"] = keys
+            if keys > recipe["q_offset"] + recipe["q_length"]:
+                # A preallocated cache: slots not yet filled must be masked, whatever the implementation could skip.
+                recipe["allow_is_causal_skip"] = False
             mask_function = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
             self._built[implementation, keys] = mask_function(**recipe)
         return self._built[implementation, keys]
@@ -393,7 +396,7 @@ def _kept_forward(
             f"{type(module).__name__} runs with attn_implementation='linattn' but belongs to no converted model; use "
             "linattn.convert_model, which sets it where it applies."
         )
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if isinstance(attention_mask, TokenMask):
         attention_mask = attention_mask.build(implementation, key.shape[2])
@@ -406,7 +409,7 @@ def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Forward pre-hook of a converted attention module: find the cache among its arguments, whatever its name."""
     converted = module._modules[NAME]
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-    converted._cache_layer = None if cache is None else adopt(cache, module.layer_idx)  # type: ignore
+    converted._cache_layer = None if cache is None else adopt(cache, module.layer_idx)  # type: ignore[union-attr, arg-type]
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -79,7 +79,8 @@ def save_state(cache: Cache, path: str | PathLike[str]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     layers = []
-    for i, layer in enumerate(decoder_cache(cache).layers):
+    every: list[Any] = decoder_cache(cache).layers
+    for i, layer in enumerate(every):
         entry: dict[str, Any] = {"type": type(layer).__name__, "length": int(layer.get_seq_length())}
         if isinstance(layer, LinattnCacheLayer):
             state = layer.state
@@ -125,10 +126,10 @@ def _load_layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -
         if held:
             layer.state = AttentionState(**held, window=entry["window"])
             layer.lazy_initialization(layer.state.kv, layer.state.kv)
-            layer.cumulative_length = torch.tensor(entry["length"], dtype=torch.int64)
+            layer.seen = torch.tensor(entry["length"], dtype=torch.int64)
         return layer
     window = entry["sliding_window"]
-    kept = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+    kept: Any = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     if held:
         kept.lazy_initialization(held["keys"], held["values"])
         kept.keys, kept.values = held["keys"], held["values"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DECAYS = (None, "fixed", "data")
+LINEAR = "is linear already: its memory is of constant size"
 
 MapSpec = str | type[FeatureMap] | Callable[["LayerPlan"], FeatureMap]
 
@@ -221,7 +222,7 @@ def plan_model(
             _fill(layer, feature_map, feature_map_options or {}, window, sinks, decay)
     plan = ConversionPlan(model.config.model_type, entries)
     # A layer that is linear already is no obstacle to converting the others.
-    blocking = [layer for layer in refused if not layer.reason.startswith("is linear")]
+    blocking = [layer for layer in refused if layer.reason != LINEAR]
     if blocking and on_unsupported == "error":
         remedy = "on_unsupported='keep' leaves them as they are, keep_softmax=[…] names them"
         if len(blocking) == len(entries):
@@ -249,7 +250,8 @@ def _fill(
     elif isinstance(feature_map, type) and issubclass(feature_map, FeatureMap):
         layer.feature_map = feature_map.name
     elif callable(feature_map) and not isinstance(feature_map, FeatureMap):
-        built = feature_map(layer)
+        factory: Any = feature_map
+        built = factory(layer)
         if not isinstance(built, FeatureMap):
             raise OptionError(f"feature_map: the factory returned {built!r}, expected a FeatureMap.")
         layer.feature_map, layer.feature_map_options = built.name, built.options() | layer.feature_map_options
@@ -301,7 +303,8 @@ def _check_layer(layer: LayerPlan) -> None:
             **layer.feature_map_options,
         )
     except LinattnError as error:
-        raise type(error)(f"{layer.path} ({layer.attention}): {error}") from error
+        error.args = (f"{layer.path} ({layer.attention}): {error}",)
+        raise
     if layer.causal and not built.causal:
         raise ConversionError(
             f"{layer.path} ({layer.attention}) is causal, and {layer.feature_map!r} mixes tokens along the sequence; "

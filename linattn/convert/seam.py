@@ -9,22 +9,20 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from linattn.convert.plan import LayerPlan
+from linattn.convert.plan import LINEAR, LayerPlan
 from linattn.errors import ConversionError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _LINEAR = re.compile(
     r"mamba|rwkv|deltanet|lightning|linear_?attn|linear_?attention|mixer2?$|rglru|retention", re.IGNORECASE
 )
-_PARTS = re.compile(r"norm|output|embedding|pool|dropout|layer$|block$|rotary|indexer", re.IGNORECASE)
+_PARTS = re.compile(r"norm|output|embedding|pool|dropout|layer$|block$|rotary|indexer|feedforward|mlp", re.IGNORECASE)
 
 
 def find_attention(model: PreTrainedModel) -> Iterator[tuple[LayerPlan, nn.Module]]:
@@ -33,16 +31,16 @@ def find_attention(model: PreTrainedModel) -> Iterator[tuple[LayerPlan, nn.Modul
     Layers that cannot be converted come with ``supported=False`` and the reason.
 
     Raises:
-        ConversionError: ``model`` is no transformers model, or has no attention at all.
+        ConversionError: ``model`` is no transformers model, has no attention at all, or is converted already.
     """
-    from transformers import PreTrainedModel
-
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(
             f"model: got {type(model).__name__}, expected a transformers PreTrainedModel (of a peft model, pass "
             "model.get_base_model())."
         )
     modules = list(model.named_modules())
+    if any("linattn" in module._modules for _, module in modules):
+        raise ConversionError(f"{type(model).__name__} is converted already; call revert_model(model) first.")
     found = [(path, module) for path, module in modules if _is_attention(module)]
     # A class that only wraps an attention layer is not one.
     found = [(path, m) for path, m in found if not any(p.startswith(path + ".") for p, _ in found if p != path)]
@@ -62,7 +60,7 @@ def _is_attention(module: nn.Module) -> bool:
     if goes_through_interface(module):
         return True
     name = type(module).__name__
-    if next(module.parameters(), None) is None or _PARTS.search(name):
+    if isinstance(module, PreTrainedModel) or next(module.parameters(), None) is None or _PARTS.search(name):
         return False
     return bool(_ATTENTION.search(name) or _LINEAR.search(name))
 
@@ -93,14 +91,12 @@ def _describe(index: int, path: str, module: nn.Module, model_config: Any) -> La
 def _obstacle(module: nn.Module, config: Any, model_config: Any) -> str:
     """Why a layer cannot be converted, and what to do instead; empty if it can."""
     name = type(module).__name__
-    if "linattn" in module._modules:
-        return "is linear already, by linattn; use revert_model first"
     if _LINEAR.search(name) and not goes_through_interface(module):
-        return "is linear already: its memory is of constant size"
+        return LINEAR
     if not goes_through_interface(module):
         return (
-            f"computes its own softmax outside transformers' attention interface ({INTERFACE}); use a family that "
-            "goes through it, or rewrite this class to"
+            "computes its own softmax, where transformers' attention interface cannot be answered; keep it softmax, or "
+            f"let its class call {INTERFACE}"
         )
     if getattr(model_config, "is_encoder_decoder", False):
         return (

@@ -85,12 +85,10 @@ def convert_model(
         "on_unsupported": on_unsupported,
     }
     if plan is None:
-        if isinstance(model, ConvertedModel):
-            raise ConversionError(f"{type(model).__name__} is converted already; call revert_model(model) first.")
         plan = plan_model(model, **options)
     else:
-        defaults = convert_model.__kwdefaults__
-        if changed := [name for name, value in options.items() if value is not defaults[name]]:
+        defaults = convert_model.__kwdefaults__ or {}
+        if changed := [name for name, value in options.items() if value != defaults[name]]:
             raise OptionError(f"plan: it settles {', '.join(changed)} already; edit plan.layers instead.")
         plan = copy.deepcopy(plan)
         _check_fit(model, plan)
@@ -157,16 +155,16 @@ def install(model: PreTrainedModel, plan: ConversionPlan) -> None:
         converted_model_class(_base_of(type(submodel)))
     _attach(model, plan, children)
     for layer in plan.converted:
-        model.get_submodule(layer.path).config._attn_implementation_internal = NAME
+        _config(model, layer.path)._attn_implementation_internal = NAME
 
 
 def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, ConvertedAttention]) -> None:
     """Hang the built layers in, mark those kept, and give the models the classes that know of them."""
-    switched = {id(model.get_submodule(path).config) for path in children}
+    switched = {id(_config(model, path)) for path in children}
     for layer in plan.layers:
-        module = model.get_submodule(layer.path)
-        if id(getattr(module, "config", None)) in switched:
-            setattr(module, KEPT_ATTRIBUTE, module.config._attn_implementation)
+        config = _config(model, layer.path)
+        if id(config) in switched:
+            setattr(model.get_submodule(layer.path), KEPT_ATTRIBUTE, config._attn_implementation)
     for path, child in children.items():
         module = model.get_submodule(path)
         module.add_module(NAME, child)
@@ -188,12 +186,15 @@ def _own_configs(model: PreTrainedModel, plan: ConversionPlan) -> list[PreTraine
     own = copy.deepcopy(model.config, memo)
     own.__class__ = converted_config_class(type(own))
     own.linattn = plan.to_dict()
-    own.architectures = [CLASS_PREFIX + type(model).__name__]
     for module in model.modules():
         if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
-            module.config = copy.deepcopy(config, memo)
-    configs = {id(c): c for c in (model.get_submodule(layer.path).config for layer in plan.converted)}
-    return list(configs.values())
+            module.__dict__["config"] = copy.deepcopy(config, memo)
+    return list({id(c): c for c in (_config(model, layer.path) for layer in plan.converted)}.values())
+
+
+def _config(model: PreTrainedModel, path: str) -> Any:
+    """The config that the attention module at ``path`` looks at; None if it has none."""
+    return getattr(model.get_submodule(path), "config", None)
 
 
 def _drop_gguf_quantizer(model: PreTrainedModel) -> dict[str, Any]:
@@ -216,10 +217,8 @@ def _drop_gguf_quantizer(model: PreTrainedModel) -> dict[str, Any]:
 
 def _check_fit(model: PreTrainedModel, plan: ConversionPlan) -> None:
     """Raise unless ``plan`` was made for a model like ``model``."""
-    if isinstance(model, ConvertedModel):
-        raise ConversionError(f"{type(model).__name__} is converted already; call revert_model(model) first.")
-    plan.check()
     here = [layer for layer, _ in find_attention(model)]
+    plan.check()
     for mine, theirs in zip(here, plan.layers, strict=False):
         for field in ("path", "attention", "heads", "kv_heads", "head_dim"):
             if getattr(mine, field) != getattr(theirs, field):
