@@ -203,8 +203,8 @@ class KernelAttention(nn.Module):
         name = type(self.feature_map).__name__
         if self.causal:
             raise OptionError(f"{name} is not usable causally; pass causal=False, or choose another feature map.")
-        if isinstance(self.feature_map, SequenceMap) and (self.window or self.sinks or self.far_bias is not None):
-            raise OptionError(f"{name} replaces the whole operator: window, sinks and far_bias must stay off.")
+        if isinstance(self.feature_map, SequenceMap) and (self.window or self.sinks):
+            raise OptionError(f"{name} replaces the whole operator and takes neither window nor sinks.")
 
     def reset_parameters(self) -> None:
         """Fill all parameters and buffers with their starting values, in place (also after ``to_empty``)."""
@@ -223,9 +223,10 @@ class KernelAttention(nn.Module):
                 norm.reset_parameters()
         if self.far_bias is not None:
             nn.init.zeros_(self.far_bias)
-        log_half_life = torch.linspace(
-            math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE), self.num_kv_heads, dtype=torch.float64
-        )
+        shortest, longest = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
+        log_half_life = torch.linspace(shortest, longest, self.num_kv_heads, dtype=torch.float64)
+        if self.num_kv_heads == 1:
+            log_half_life.fill_((shortest + longest) / 2)
         if self.log_half_life is not None:
             self.log_half_life.copy_(log_half_life)
         if self.decay_proj is not None and self.decay_bias is not None:

@@ -1,0 +1,595 @@
+"""The ``linattn`` command: thin, calls the rooms below. What is heavy is imported where it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from linattn._version import __version__
+from linattn.cli._errors import EXIT_CODES, Commands
+from linattn.cli._models import Source
+from linattn.errors import CheckpointError, OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+    from transformers import PretrainedConfig
+
+    from linattn.convert import LayerPlan
+
+LENGTHS = (1024, 4096, 16384, 65536, 131072)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Decay(str, Enum):
+    none = "none"
+    fixed = "fixed"
+    data = "data"
+
+
+class Sliding(str, Enum):
+    keep = "keep"
+    convert = "convert"
+
+
+app = typer.Typer(
+    name="linattn",
+    cls=Commands,
+    help="Kernelized attention for pretrained transformers: plan a conversion, carry it out, generate, measure.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the ``linattn`` command."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"linattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a .gguf file, or a hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+FeatureMap = Annotated[str, typer.Option(metavar="NAME", help="Feature map of the far branch; see `linattn maps`.")]
+MapOptions = Annotated[
+    list[str] | None,
+    typer.Option("--map-option", metavar="KEY=VALUE", help="An option of the feature map; may be repeated."),
+]
+Window = Annotated[int, typer.Option(min=0, help="Recent tokens attended exactly.")]
+Sinks = Annotated[int, typer.Option(min=0, help="First tokens attended exactly.")]
+DecayOption = Annotated[Decay, typer.Option(help="Forgetting in the far branch: learned half-lives, or gated by data.")]
+KeepLayers = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Attention layers left softmax, by index: 0,5,10-12."),
+]
+NativeSliding = Annotated[Sliding, typer.Option(help="What becomes of layers with a sliding window of their own.")]
+KeepUnsupported = Annotated[
+    bool, typer.Option("--keep-unsupported", help="Leave layers that cannot be converted softmax, not refuse.")
+]
+PLAN_OPTIONS = (
+    "feature_map",
+    "map_option",
+    "window",
+    "sinks",
+    "decay",
+    "keep_layers",
+    "native_sliding",
+    "keep_unsupported",
+)
+
+
+@app.command()
+def plan(
+    model: Model,
+    feature_map: FeatureMap = "hedgehog",
+    map_option: MapOptions = None,
+    window: Window = 128,
+    sinks: Sinks = 4,
+    decay: DecayOption = Decay.none,
+    keep_layers: KeepLayers = None,
+    native_sliding: NativeSliding = Sliding.keep,
+    keep_unsupported: KeepUnsupported = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the plan, to edit and `convert --plan`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a conversion would do, layer by layer, without reading the weights.
+
+    Examples:
+
+    - `linattn plan HuggingFaceTB/SmolLM2-135M-Instruct`
+
+    - `linattn plan ./model --feature-map favor+ --window 64 --keep-layers 0,29 -o plan.json`
+
+    - `linattn plan model.gguf --json`
+    """
+    source = Source.find(model)
+    options = _plan_options(
+        feature_map, map_option, window, sinks, decay, keep_layers, native_sliding, keep_unsupported
+    )
+    with _progress() as step, step(f"Reading {model}"):
+        from linattn.convert import plan_model
+
+        made = plan_model(source.outline(), **options)
+    if output is not None:
+        made.save(output)
+    typer.echo(made.to_json() if as_json else str(made))
+
+
+@app.command()
+def convert(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write the converted model to.")],
+    feature_map: FeatureMap = "hedgehog",
+    map_option: MapOptions = None,
+    window: Window = 128,
+    sinks: Sinks = 4,
+    decay: DecayOption = Decay.none,
+    keep_layers: KeepLayers = None,
+    native_sliding: NativeSliding = Sliding.keep,
+    keep_unsupported: KeepUnsupported = False,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Carry out a saved plan instead of the options above.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the saved weights; default, the dtype they have.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random features.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write into OUT even if it is not empty.")] = False,
+) -> None:
+    """Convert a model and save it, tokenizer included.
+
+    For sequences of up to window + sinks tokens the result equals the original. Beyond them it loses quality until it
+    is trained.
+
+    Examples:
+
+    - `linattn convert HuggingFaceTB/SmolLM2-135M-Instruct ./converted`
+
+    - `linattn convert model.gguf ./converted --feature-map favor+ --window 256 --dtype bfloat16`
+
+    - `linattn plan ./model -o plan.json`, edit it, then `linattn convert ./model ./converted --plan plan.json`
+    """
+    source = Source.find(model)
+    options = _plan_options(
+        feature_map, map_option, window, sinks, decay, keep_layers, native_sliding, keep_unsupported
+    )
+    if plan is not None:
+        _refuse_beside_plan(ctx)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise OptionError(f"{out} exists and is not empty; choose another directory, or pass --force.")
+    with _progress() as step:
+        with step("Importing"):
+            import torch
+
+            from linattn.convert import ConversionPlan, convert_model
+
+            torch.manual_seed(seed)
+            if plan is not None:
+                options = {"plan": ConversionPlan.load(plan)}
+        with step(f"Loading {model}"):
+            tokenizer = _optional(source.tokenizer)
+            loaded = source.model(None if dtype is None else getattr(torch, dtype.value))
+        with step("Converting"):
+            convert_model(loaded, **options)
+        with step(f"Saving to {out}"):
+            loaded.save_pretrained(out)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(out)
+    done = ConversionPlan.from_dict(loaded.config.linattn)
+    typer.echo(f"{out}: {len(done.converted)} of {len(done.layers)} attention layers converted. `linattn info {out}`")
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue; default, standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many new tokens.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print tokens as they come; default, if writing to a terminal."),
+    ] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample; default, the most likely token.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the top mass p.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Continue a text with a converted (or any other) model. Only the continuation is printed.
+
+    Examples:
+
+    - `linattn generate ./converted -p "The capital of France is"`
+
+    - `linattn generate ./converted --chat --sample --temperature 0.7 --seed 1 < question.txt`
+
+    - `linattn generate ./converted -p "Once" --max-new-tokens 20 --json`
+    """
+    if not sample and (given := _given(ctx, "temperature", "top_k", "top_p", "seed")):
+        raise typer.BadParameter(f"{', '.join(given)} only matter with --sample.")
+    if stream and as_json:
+        raise typer.BadParameter("--stream and --json exclude each other.")
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give --prompt, or the text on standard input.")
+        prompt = sys.stdin.read()
+    source = Source.find(model)
+    with _progress() as step, step(f"Loading {model}"):
+        import torch
+        from transformers import TextStreamer
+
+        tokenizer = source.tokenizer()
+        where = _device(device)
+        loaded: Any = source.model(None if dtype is None else getattr(torch, dtype.value)).to(where)
+    if not loaded.can_generate():
+        raise UnsupportedError(f"{model}: {type(loaded).__name__} does not generate text.")
+    inputs = _encode(tokenizer, prompt, chat)
+    if stream is None:
+        stream = sys.stdout.isatty() and not as_json
+    sampling = {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
+    torch.manual_seed(seed)
+    tokens = loaded.generate(
+        **inputs.to(where),
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **(sampling if sample else {}),
+    )
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if as_json:
+        report = {"model": model, "prompt": prompt, "text": text, "new_tokens": len(new)}
+        typer.echo(json.dumps(report | {"prompt_tokens": tokens.shape[1] - len(new)}, ensure_ascii=False))
+    elif not stream:
+        typer.echo(text)
+
+
+@app.command()
+def info(
+    model: Model,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="TOKENS", help="A length to compare at; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what of a model is converted, and compare its memory with that of a key/value cache.
+
+    Bytes are per sequence and in the dtype of the saved weights. A converted layer's state has one size at all lengths;
+    a softmax layer's cache grows with each token. The weights are not read.
+
+    Examples:
+
+    - `linattn info ./converted`
+
+    - `linattn info ./converted --length 8192 --length 1000000 --json`
+    """
+    source = Source.find(model)
+    with _progress() as step, step(f"Reading {model}"):
+        config = source.config()
+        layers = _layers(source, config)
+        dtype = _dtype(config)
+        report = _memory(layers, dtype, length or list(LENGTHS))
+    about = {"model": model, "model_type": config.model_type, "dtype": str(dtype).removeprefix("torch.")}
+    report = about | report
+    typer.echo(json.dumps(report, indent=2, ensure_ascii=False)) if as_json else _print_info(report)
+
+
+@app.command()
+def maps(as_json: Json = False) -> None:
+    """List the feature maps and what each promises.
+
+    Examples:
+
+    - `linattn maps`
+
+    - `linattn maps --json`
+    """
+    from linattn.feature_maps import available
+
+    if as_json:
+        typer.echo(json.dumps([info._asdict() for info in available()], indent=2, ensure_ascii=False))
+        return
+    table = _table("name", "properties", "paper")
+    for info in available():
+        properties = [name.replace("_", " ") for name, holds in info._asdict().items() if holds is True]
+        properties = ["bidirectional only"] * (not info.causal) + [name for name in properties if name != "causal"]
+        table.add_row(info.name, ", ".join(properties), info.paper)
+    _print(table)
+
+
+# Reading options.
+
+
+def _plan_options(
+    feature_map: str,
+    map_option: list[str] | None,
+    window: int,
+    sinks: int,
+    decay: Decay,
+    keep_layers: str | None,
+    native_sliding: Sliding,
+    keep_unsupported: bool,
+) -> dict[str, Any]:
+    """The command's options in the terms of :func:`linattn.convert.plan_model`."""
+    return {
+        "feature_map": feature_map,
+        "feature_map_options": dict(map(_key_value, map_option or ())) or None,
+        "window": window,
+        "sinks": sinks,
+        "decay": None if decay is Decay.none else decay.value,
+        "keep_softmax": _indices(keep_layers or ""),
+        "native_sliding": native_sliding.value,
+        "on_unsupported": "keep" if keep_unsupported else "error",
+    }
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    """``features=128`` → ("features", 128); what is no JSON is a string."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"--map-option {text}: expected KEY=VALUE.")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    """``0,5,10-12`` → (0, 5, 10, 11, 12)."""
+    indices: list[int] = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise typer.BadParameter(f"--keep-layers {text}: expected indices and ranges, such as 0,5,10-12.")
+        indices += range(int(first), int(last or first) + 1)
+    return tuple(indices)
+
+
+def _given(ctx: typer.Context, *names: str) -> list[str]:
+    """The options among ``names`` that stand on the command line."""
+    sources = ((name, ctx.get_parameter_source(name)) for name in names)
+    return [f"--{name.replace('_', '-')}" for name, source in sources if source and source.name == "COMMANDLINE"]
+
+
+def _refuse_beside_plan(ctx: typer.Context) -> None:
+    if given := _given(ctx, *PLAN_OPTIONS):
+        raise typer.BadParameter(f"{', '.join(given)}: the plan settles that already; edit the plan file instead.")
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    elif tokenizer.chat_template is None:
+        raise typer.BadParameter("--chat: this model's tokenizer has no chat template.")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    if inputs["input_ids"].shape[1] == 0:
+        raise typer.BadParameter("the prompt is empty.")
+    return inputs
+
+
+def _optional(read: Callable[[], Any]) -> Any:
+    """What ``read`` gives, or None with a word on standard error."""
+    try:
+        return read()
+    except CheckpointError as error:
+        typer.echo(f"note: {error}", err=True)
+        return None
+
+
+# Memory.
+
+
+def _layers(source: Source, config: PretrainedConfig) -> list[LayerPlan]:
+    """The attention layers of a model as its plan has them, or as they are where it is not converted."""
+    from linattn.convert import ConversionPlan
+    from linattn.convert.seam import find_attention
+
+    saved = getattr(config, "linattn", None)
+    if saved is not None:
+        return ConversionPlan.from_dict(saved).layers
+    return [layer for layer, _ in find_attention(source.outline())]
+
+
+def _dtype(config: PretrainedConfig) -> torch.dtype:
+    import torch
+
+    return getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+
+
+class LayerMemory(NamedTuple):
+    state: int
+    """Bytes of the state; 0 for a softmax layer."""
+    token: int
+    """Bytes of one token in a key/value cache."""
+    limit: int | None
+    """Tokens that cache keeps at most, by a sliding window of the layer's own."""
+
+
+def _layer_memory(layer: LayerPlan, dtype: torch.dtype) -> LayerMemory:
+    token = 2 * layer.kv_heads * layer.head_dim * dtype.itemsize
+    return LayerMemory(_state_bytes(layer, dtype) if layer.kind == "convert" else 0, token, layer.native_window)
+
+
+def _state_bytes(layer: LayerPlan, dtype: torch.dtype) -> int:
+    from linattn.feature_maps import make
+    from linattn.state import AttentionState
+
+    phi = make(
+        layer.feature_map or "",
+        layer.head_dim,
+        num_heads=layer.heads,
+        num_kv_heads=layer.kv_heads,
+        device="meta",
+        **layer.feature_map_options,
+    )
+    state = AttentionState.empty(
+        1,
+        num_kv_heads=layer.kv_heads,
+        feature_dim=phi.feature_dim,
+        head_dim=layer.head_dim,
+        window=layer.window,
+        sinks=layer.sinks,
+        decay=layer.decay is not None,
+        dtype=dtype,
+        device="meta",
+    )
+    return state.nbytes
+
+
+def _memory(layers: list[LayerPlan], dtype: torch.dtype, lengths: list[int]) -> dict[str, Any]:
+    memory = [_layer_memory(layer, dtype) for layer in layers]
+
+    def cache(tokens: int, kept: LayerMemory) -> int:
+        return kept.token * min(tokens, kept.limit or tokens)
+
+    rows = []
+    for tokens in lengths:
+        before = sum(cache(tokens, each) for each in memory)
+        now = sum(each.state or cache(tokens, each) for each in memory)
+        rows.append({"length": tokens, "cache_bytes": before, "bytes": now})
+    state = sum(each.state for each in memory)
+    per_token = sum(each.token for each in memory if each.state)
+    how: dict[str, int] = {}
+    for layer in layers:
+        text = "softmax"
+        if layer.kind == "convert":
+            decay = f", {layer.decay} decay" if layer.decay else ""
+            text = f"{layer.feature_map}, window {layer.window}, sinks {layer.sinks}{decay}"
+        how[text] = how.get(text, 0) + 1
+    return {
+        "converted_layers": sum(bool(each.state) for each in memory),
+        "softmax_layers": sum(not each.state for each in memory),
+        "unknown_layers": sum(not layer.heads for layer in layers),
+        "attention": how,
+        "state_bytes": state,
+        "equal_at_tokens": -(-state // per_token) if per_token else None,
+        "memory": rows,
+    }
+
+
+def _print_info(report: dict[str, Any]) -> None:
+    total = report["converted_layers"] + report["softmax_layers"]
+    typer.echo(f"{report['model']}: {report['model_type']}, {report['dtype']}, {total} attention layers")
+    for how, count in report["attention"].items():
+        typer.echo(f"  {count} × {how}")
+    if report["unknown_layers"]:
+        typer.echo(f"  {report['unknown_layers']} of them of unknown size, left out below")
+    if not report["converted_layers"]:
+        typer.echo("Not converted: every token adds to the key/value cache. `linattn plan` shows what could be.")
+    else:
+        typer.echo(
+            f"State of the converted layers: {_bytes(report['state_bytes'])} per sequence at every length, as much as "
+            f"their key/value cache would take at {report['equal_at_tokens']:,} tokens."
+        )
+    table = _table("tokens", "softmax model", "this model", "ratio", right=True)
+    for row in report["memory"]:
+        ratio = row["cache_bytes"] / row["bytes"] if row["bytes"] else 1.0
+        table.add_row(f"{row['length']:,}", _bytes(row["cache_bytes"]), _bytes(row["bytes"]), f"{ratio:.2f}×")
+    _print(table)
+
+
+def _bytes(count: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        del units[0]
+    return f"{count:.4g} {units[0]}"
+
+
+# Showing.
+
+
+def _table(*columns: str, right: bool = False) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if right else "left", no_wrap=column == columns[0])
+    return table
+
+
+def _print(table: Table) -> None:
+    """On a terminal in its width, into a pipe or file with whole lines."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 240)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], contextlib.AbstractContextManager[None]]]:
+    """Steps on standard error: with a spinner and their time on a terminal, else a line each."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        @contextlib.contextmanager
+        def step(description: str) -> Iterator[None]:
+            if not console.is_terminal:
+                typer.echo(f"{description} …", err=True)
+            task = progress.add_task(description, total=1)
+            try:
+                yield
+            except BaseException:
+                progress.remove_task(task)
+                raise
+            progress.update(task, completed=1)
+
+        yield step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer", reason="needs the package typer")
+from typer.testing import CliRunner
+
+import linattn
+from linattn.cli.main import app
+
+transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+
+WORDS = ["<unk>", "<s>", "</s>", *["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]]
+PROMPT = "the cat sat on the mat and"
+
+
+def cli(*arguments: object, code: int = 0, **options: Any) -> Any:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], **options)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a tokenizer, on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0]['content'] }} then",
+    ).save_pretrained(path)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "converted"
+    cli("convert", saved, out, "--feature-map", "favor+", "--window", 4, "--sinks", 1, "--keep-layers", "1")
+    return out
+
+
+def test_help_is_quick_and_says_what_matters() -> None:
+    code = (
+        "import sys; from linattn.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("[]")
+    assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "convert", "generate", "info", "maps"])
+def test_every_command_has_examples(command: str) -> None:
+    assert f"linattn {command}" in cli(command, "--help").output
+
+
+def test_version() -> None:
+    assert cli("--version").stdout.strip() == f"linattn {linattn.__version__}"
+
+
+def test_maps() -> None:
+    table = cli("maps").stdout
+    listed = json.loads(cli("maps", "--json").stdout)
+    assert [each["name"] for each in listed] == [info.name for info in linattn.feature_maps.available()]
+    assert all(each["name"] in table for each in listed)
+    favor = next(line for line in table.splitlines() if line.split()[:1] == ["favor+"])
+    assert "unbiased" in favor
+    assert "bidirectional only" in next(line for line in table.splitlines() if "linformer" in line)
+
+
+def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(saved / "config.json", bare)
+    file = tmp_path / "plan.json"
+    options = ("--feature-map", "elu", "--window", 7, "--keep-layers", "0,2-2", "--decay", "fixed")
+    text = cli("plan", bare, *options, "--output", file).stdout
+    expected = linattn.plan_model(
+        transformers.LlamaForCausalLM.from_pretrained(saved),
+        feature_map="elu",
+        window=7,
+        keep_softmax=(0, 2),
+        decay="fixed",
+    )
+    assert text == f"{expected}\n"
+    assert linattn.ConversionPlan.load(file) == expected
+    assert json.loads(cli("plan", bare, *options, "--json").stdout) == expected.to_dict()
+
+
+def test_map_options_reach_the_map(saved: Path) -> None:
+    plan = json.loads(cli("plan", saved, "--feature-map", "favor+", "--map-option", "num_features=12", "--json").stdout)
+    assert plan["layers"][0]["feature_map_options"] == {"num_features": 12}
+    assert (
+        "num_featurs" in cli("plan", saved, "--feature-map", "favor+", "--map-option", "num_featurs=1", code=1).stderr
+    )
+
+
+def test_convert_saves_what_convert_model_makes(saved: Path, converted: Path) -> None:
+    model = linattn.load(converted)
+    torch.manual_seed(0)
+    expected = linattn.convert_model(
+        transformers.LlamaForCausalLM.from_pretrained(saved), feature_map="favor+", window=4, sinks=1, keep_softmax=(1,)
+    )
+    tokens = torch.arange(3, 15)[None]
+    assert torch.equal(model.eval()(tokens).logits, expected.eval()(tokens).logits)
+
+
+def test_convert_by_a_plan_and_to_a_dtype(saved: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "plan.json", tmp_path / "out"
+    cli("plan", saved, "--feature-map", "elu", "-o", file)
+    edited = json.loads(file.read_text())
+    edited["layers"][2]["window"] = 5
+    file.write_text(json.dumps(edited))
+    cli("convert", saved, out, "--plan", file, "--dtype", "bfloat16")
+    model = linattn.load(out)
+    assert model.dtype == torch.bfloat16
+    assert model.config.linattn["layers"][2]["window"] == 5
+    # What is there is not overwritten, and a plan is not contradicted.
+    assert "--force" in cli("convert", saved, out, code=1).stderr
+    assert "--window" in cli("convert", saved, out, "--plan", file, "--window", 3, "--force", code=2).stderr
+    cli("convert", saved, out, "--plan", file, "--force")
+    assert linattn.load(out).dtype == torch.float32
+
+
+def test_generate_prints_the_continuation_alone(converted: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(converted)
+    tokens = tokenizer(PROMPT, return_tensors="pt")
+    new = linattn.load(converted).eval().generate(**tokens, max_new_tokens=9, do_sample=False, pad_token_id=2)
+    expected = tokenizer.decode(new[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert len(expected.split()) >= 5
+    ask = ("generate", converted, "--max-new-tokens", 9)
+    assert cli(*ask, "-p", PROMPT).stdout == f"{expected}\n"
+    assert cli(*ask, input=PROMPT).stdout == f"{expected}\n"
+    assert cli(*ask, "-p", PROMPT, "--stream").stdout.split() == expected.split()
+    report = json.loads(cli(*ask, "-p", PROMPT, "--json").stdout)
+    assert (report["text"], report["prompt_tokens"], report["new_tokens"]) == (expected, 7, 9)
+    templated = json.loads(cli(*ask, "-p", "the cat", "--chat", "--json").stdout)
+    assert templated["prompt_tokens"] == 3
+
+
+def test_sampling_is_seeded(converted: Path) -> None:
+    ask = ("generate", converted, "-p", PROMPT, "--max-new-tokens", 12, "--sample", "--temperature", 3.0)
+    first, again, other = (cli(*ask, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Path) -> None:
+    tokens = torch.arange(3, 15)[None]
+    held = {}
+    for path in (saved, converted):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        layers = model.generate(
+            tokens, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, pad_token_id=2
+        ).past_key_values.layers
+        held[path] = [x.nbytes if hasattr(x, "nbytes") else x.keys.nbytes + x.values.nbytes for x in layers]
+    report = json.loads(cli("info", converted, "--length", 12, "--length", 10**6, "--json").stdout)
+    assert (report["converted_layers"], report["softmax_layers"]) == (2, 1)
+    assert report["state_bytes"] == held[converted][0] + held[converted][2]
+    assert report["memory"][0] == {"length": 12, "cache_bytes": sum(held[saved]), "bytes": sum(held[converted])}
+    per_token = (held[saved][0] + held[saved][2]) / 12
+    assert (report["equal_at_tokens"] - 1) * per_token < report["state_bytes"] <= report["equal_at_tokens"] * per_token
+    text = cli("info", converted).stdout
+    assert "2 × favor+, window 4, sinks 1" in text
+    assert "1 × softmax" in text
+    assert f"{report['equal_at_tokens']:,} tokens" in text
+
+
+def test_info_of_a_model_as_it_is(saved: Path) -> None:
+    assert "Not converted" in cli("info", saved).stdout
+    report = json.loads(cli("info", saved, "--json").stdout)
+    assert report["converted_layers"] == report["state_bytes"] == 0
+    assert report["equal_at_tokens"] is None
+    assert all(row["cache_bytes"] == row["bytes"] for row in report["memory"])
+
+
+def test_an_encoder_converts_but_does_not_generate(saved: Path, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    done = cli("convert", tmp_path / "bert", tmp_path / "out", "--feature-map", "elu")
+    assert "note:" in done.stderr  # it has no tokenizer
+    assert type(linattn.load(tmp_path / "out")).__name__ == "LinattnBertForMaskedLM"
+    for file in saved.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "out")
+    assert "does not generate" in cli("generate", tmp_path / "out", "-p", "the cat", code=1).stderr
+
+
+def test_gguf_is_planned_without_its_weights(smollm2_gguf: Path) -> None:
+    plan = json.loads(cli("plan", smollm2_gguf, "--json").stdout)
+    assert len(plan["layers"]) == 30
+    assert {(layer["heads"], layer["kv_heads"], layer["head_dim"]) for layer in plan["layers"]} == {(9, 3, 64)}
+
+
+# What goes wrong ends in one message and the documented code.
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "arguments"),
+    [
+        (1, "hedgehog", ("plan", "MODEL", "--feature-map", "hedghog")),
+        (1, "0 … 2", ("plan", "MODEL", "--keep-layers", "7")),
+        (1, "nothing is left", ("plan", "MODEL", "--keep-layers", "0-2")),
+        (1, "causal", ("plan", "MODEL", "--feature-map", "linformer")),
+        (1, "revert_model", ("plan", "CONVERTED")),
+        (2, "MODEL", ("plan",)),
+        (2, "windw", ("plan", "MODEL", "--windw", "3")),
+        (2, "window", ("plan", "MODEL", "--window", "-3")),
+        (2, "KEY=VALUE", ("plan", "MODEL", "--map-option", "features")),
+        (2, "0,5,10-12", ("plan", "MODEL", "--keep-layers", "one")),
+        (2, "--sample", ("generate", "MODEL", "-p", "the", "--temperature", "0.5")),
+        (2, "exclude", ("generate", "MODEL", "-p", "the", "--stream", "--json")),
+        (2, "empty", ("generate", "MODEL", "-p", "")),
+        (2, "--device", ("generate", "MODEL", "-p", "the", "--device", "abacus")),
+        (3, "no such file", ("info", "./nowhere")),
+        (3, "no such file", ("info", "nowhere.gguf")),
+        (3, "config.json", ("info", "EMPTY")),
+        (3, "not a .gguf", ("info", "MODEL/config.json")),
+        (3, "hub", ("info", "nobody/nothing")),
+        (3, "broken", ("info", "BROKEN")),
+        (3, "no conversion plan", ("convert", "MODEL", "OUT", "--plan", "nowhere.json")),
+        (3, "cannot load the model", ("generate", "WEIGHTLESS", "-p", "the")),
+    ],
+)
+def test_errors(saved: Path, converted: Path, tmp_path: Path, code: int, word: str, arguments: tuple[str, ...]) -> None:
+    for name in ("empty", "broken", "weightless"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for file in saved.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path / "weightless")
+    places = {"MODEL": saved, "CONVERTED": converted, "OUT": tmp_path / "out"}
+    places |= {name.upper(): tmp_path / name for name in ("empty", "broken", "weightless")}
+    first, *rest = arguments
+    result = cli(first, *(_fill(places, a) for a in rest), code=code)
+    assert word in " ".join(result.stderr.replace("│", " ").split())
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+def _fill(places: dict[str, Path], argument: str) -> str:
+    head, slash, tail = argument.partition("/")
+    return f"{places[head]}{slash}{tail}" if head in places else argument
+
+
+def test_the_unexpected_is_named_and_debug_shows_it(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by design")
+
+    monkeypatch.setattr("linattn.convert.plan.plan_model", fail)
+    assert "ZeroDivisionError: by design" in cli("plan", saved, code=4).stderr
+    debug = CliRunner().invoke(app, ["--debug", "plan", str(saved)])
+    assert isinstance(debug.exception, ZeroDivisionError)
+
+
+def test_interruption(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linattn.convert.plan.plan_model", interrupt)
+    cli("plan", saved, code=130)
