@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linattn.kernels import AttentionOutput
 from linattn.state import AttentionState
 from linattn.testing import budgets
 
@@ -45,6 +46,13 @@ def check_within(actual: Tensor, expected: Tensor, budget: float, what: str, mea
 def check_finite(x: Tensor, what: str, meaning: str) -> None:
     bad = int((~torch.isfinite(x)).sum())
     check(bad == 0, f"{what}: {bad} of {x.numel()} values are NaN or infinite.", meaning)
+
+
+def state_of(result: AttentionOutput) -> AttentionState:
+    """The state that a call with ``return_state=True`` must have given."""
+    if result.state is None:
+        raise AssertionError("return_state=True gave no state.\nWhat this means: nothing could be continued.")
+    return result.state
 
 
 def check_same_state(actual: AttentionState, expected: AttentionState, budget: float, what: str, meaning: str) -> None:

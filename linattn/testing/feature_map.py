@@ -16,6 +16,7 @@ from torch import Tensor
 from linattn.errors import FeatureMapError, ShapeError, UnsupportedError
 from linattn.feature_maps import FeatureMap, Features, SequenceMap
 from linattn.kernels import AttentionOutput, kernel_attention
+from linattn.state import AttentionState
 from linattn.testing import budgets
 from linattn.testing.checks import (
     check,
@@ -24,11 +25,12 @@ from linattn.testing.checks import (
     check_same_state,
     check_within,
     fail,
+    state_of,
 )
 from linattn.testing.dense import dense_attention, features
 
-HEAD_SIZES: dict[str, int] = {"head_dim": 8, "num_heads": 4, "num_kv_heads": 2}
-LAYOUTS: dict[str, dict[str, int]] = {"pure": {}, "hybrid": {"window": 5, "sinks": 2}}
+HEAD_SIZES: dict[str, Any] = {"head_dim": 8, "num_heads": 4, "num_kv_heads": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {"pure": {}, "hybrid": {"window": 5, "sinks": 2}}
 CHUNK = 8
 LENGTH = 21
 """Odd, and several chunks with a partial last one."""
@@ -114,14 +116,14 @@ def check_long_bf16(attend: Callable[..., AttentionOutput], feature_map: Feature
             chunked = attend(*x, **options).out[:, rows].split(tail, 1)
             steps, state = [], None
             if prefill:
-                state = attend(*x.map(lambda t: t[:, :prefill]), return_state=True, **options).state
+                start = (t[:, :prefill] for t in x)
+                state = attend(*start, return_state=True, **options).state
             for token in zip(*(t[:, prefill:].split(1, 1) for t in x), strict=True):
                 out, state = attend(*token, state=state, return_state=True, **options)
                 steps.append(out)
         stepwise = torch.cat(steps[-tail:], 1)
-        found = [("chunked", place, chunked[i], i) for i, place in enumerate(places)] + [
-            ("stepwise", "last", stepwise, 2)
-        ]
+        found = [("chunked", place, chunked[i], i) for i, place in enumerate(places)]
+        found.append(("stepwise", "last", stepwise, 2))
         for how, place, out, i in found:
             check_within(
                 out.double(),
@@ -136,7 +138,10 @@ class _MapContract:
     """What holds for every map, whatever it computes: it can be copied, saved, rebuilt and initialised on meta."""
 
     def make(self, **head_sizes: Any) -> FeatureMap:
-        """A new map with the given ``head_dim``, ``num_heads``, ``num_kv_heads`` (and ``device``, ``dtype``)."""
+        """A new map with the given ``head_dim``, ``num_heads``, ``num_kv_heads``, and ``device`` where asked for.
+
+        It is also called with inputs of other dtypes than its parameters: cast inside, and return the input's dtype.
+        """
         raise NotImplementedError(f"{type(self).__name__}.make(**head_sizes) must return the feature map under test.")
 
     def evaluate(self, feature_map: Any) -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +160,7 @@ class _MapContract:
         rng = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for p in feature_map.parameters():
-                p += 0.1 * torch.randn(p.shape, generator=rng)
+                p.add_(torch.randn(p.shape, generator=rng), alpha=0.1)
         return feature_map
 
     def test_is_deterministic(self) -> None:
@@ -184,15 +189,14 @@ class _MapContract:
         loaded = self.make(**HEAD_SIZES)
         loaded.load_state_dict(torch.load(file, weights_only=True))
         meaning = (
-            "a saved and reloaded model would answer differently: keep all that was drawn or learned in the state_dict."
+            "a saved and reloaded model would answer differently: keep what was drawn or learned in the state_dict."
         )
         self.check_equal_maps(loaded, feature_map, "after load_state_dict", meaning)
         if feature_map.random:
             cast(Any, feature_map).redraw()
             cast(Any, loaded).redraw()
-            self.check_equal_maps(
-                loaded, feature_map, "redraw after load_state_dict", f"the redraw counter is lost; {meaning}"
-            )
+            what = "redraw after load_state_dict, which must bring the redraw counter"
+            self.check_equal_maps(loaded, feature_map, what, meaning)
 
     def test_meta_init(self) -> None:
         torch.manual_seed(0)
@@ -303,10 +307,8 @@ class FeatureMapContract(_MapContract):
                 feature_map(q, k)
             except ShapeError:
                 continue
-            fail(
-                f"forward took q {tuple(q.shape)} (wrong {name}).",
-                "wrong shapes must end in ShapeError, not in numbers.",
-            )
+            shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
+            fail(f"forward took {shapes}: wrong {name}.", "wrong shapes must end in ShapeError, not in numbers.")
 
     def test_features_are_per_token(self) -> None:
         feature_map = self.make(**HEAD_SIZES).double()
@@ -315,15 +317,13 @@ class FeatureMapContract(_MapContract):
         other = draw(seed=5, size=4.0).map(lambda t: t.clone())
         for mine, theirs in zip(other, x, strict=True):
             mine[:, keep] = theirs[:, keep]
-        meaning = (
-            "the map mixes tokens along the sequence: attention with it sees the future and cannot run step by step."
-        )
+        meaning = "the map mixes tokens: attention with it sees the future and cannot run step by step."
         before, after = features(feature_map, x.q, x.k), features(feature_map, other.q, other.k)
-        for side, mine, theirs in zip(("query", "key"), after, before, strict=True):
+        for side, new, old in zip(("query", "key"), after, before, strict=True):
             what = f"{side} features of some tokens after other tokens changed"
-            check_identical(mine.values[:, keep], theirs.values[:, keep], what, meaning)
-            if mine.log_scale is not None and theirs.log_scale is not None:
-                check_identical(mine.log_scale[:, keep], theirs.log_scale[:, keep], f"{what}: log_scale", meaning)
+            check_identical(new.values[:, keep], old.values[:, keep], what, meaning)
+            if new.log_scale is not None and old.log_scale is not None:
+                check_identical(new.log_scale[:, keep], old.log_scale[:, keep], f"{what}: log_scale", meaning)
 
     def test_uses_positions_as_declared(self) -> None:
         feature_map = self.make(**HEAD_SIZES).double()
@@ -340,31 +340,29 @@ class FeatureMapContract(_MapContract):
             check_identical(here, there, "positional=False, features at other positions", "declare positional=True.")
 
     @torch.no_grad()
-    def test_positive_as_declared(self) -> None:
-        feature_map = self.make(head_dim=8, num_heads=1, num_kv_heads=1).double()
-        if not feature_map.positive:
-            pytest.skip(f"{type(feature_map).__name__} does not declare positive")
-        x = draw(1, 48, num_heads=1, num_kv_heads=1, seed=3).q
-        axes = torch.eye(8, dtype=x.dtype)[None, :, None]
-        tokens = torch.cat([x, -x, 8 * x, -8 * x, axes, -axes, 30 * axes, -30 * axes, 0 * axes, x.sign(), -x.sign()], 1)
-        phi_q, phi_k = (phi.values[0, :, 0] for phi in features(feature_map, tokens, tokens))
-        lowest = (
-            phi_q @ phi_k.T + budgets.reordered(axes, count=phi_q.shape[1]) * (phi_q.abs() @ phi_k.abs().T)
-        ).amin()
-        check(
-            bool(lowest >= 0),
-            f"positive=True, but φ(q)·φ(k) falls to {float(lowest):.3g}.",
-            "attention weights would be negative and the normaliser could cross zero.",
-        )
-
-    @torch.no_grad()
-    def test_unbiased_as_declared(self) -> None:
-        """The mean over redraws lies within 6 standard errors: 64 pairs exceed that by chance once in 10⁷ runs."""
+    def test_kernel_is_as_declared(self) -> None:
+        """φ(q)·φ(k) ≥ 0 if ``positive``, on random and adverse pairs; its mean is exp(scale · q·k) if ``unbiased``."""
         feature_map = self.make(head_dim=8, num_heads=4, num_kv_heads=4).double()
-        if not feature_map.unbiased:
-            pytest.skip(f"{type(feature_map).__name__} does not declare unbiased")
-        check(feature_map.random, "unbiased=True, random=False.", "without a random draw there is no expectation.")
-        q, k = (t[:, :, :1].expand(-1, -1, 4, -1) for t in draw(1, 8, num_heads=4, num_kv_heads=4, size=0.7)[:2])
+        if feature_map.positive:
+            self._check_positive(feature_map)
+        if feature_map.unbiased:
+            self._check_unbiased(feature_map)
+
+    def _check_positive(self, feature_map: FeatureMap) -> None:
+        x = draw(1, 48, num_kv_heads=4, seed=3).q
+        axes = torch.eye(8, dtype=x.dtype)[None, :, None].expand(-1, -1, 4, -1)
+        tokens = torch.cat([x, -x, 8 * x, -8 * x, axes, -axes, 30 * axes, -30 * axes, 0 * axes, x.sign(), -x.sign()], 1)
+        phi_q, phi_k = (phi.values[0].transpose(0, 1) for phi in features(feature_map, tokens, tokens))
+        rounding = budgets.reordered(axes, count=phi_q.shape[-1]) * (phi_q.abs() @ phi_k.abs().mT)
+        lowest = float((phi_q @ phi_k.mT + rounding).amin())
+        meaning = "attention weights would be negative and the normaliser could cross zero."
+        check(lowest >= 0, f"positive=True, but φ(q)·φ(k) falls to {lowest:.3g}.", meaning)
+
+    def _check_unbiased(self, feature_map: FeatureMap) -> None:
+        """The mean over redraws lies within 6 standard errors: 64 pairs exceed that by chance once in 10⁷ runs."""
+        meaning = "the map does not estimate softmax attention: more features will not bring it closer."
+        check(feature_map.random, "unbiased=True, but random=False.", meaning)
+        q, k = (t[:, :, :1].expand(-1, -1, 4, -1) for t in draw(1, 8, num_kv_heads=4, size=0.4)[:2])
         exact = (feature_map.scale * q[0, :, 0] @ k[0, :, 0].T).exp()
         samples = []
         for _ in range(200):
@@ -376,20 +374,15 @@ class FeatureMapContract(_MapContract):
             samples.append(kernel.mean(0))  # one sample per redraw: heads may share what is drawn
         estimates = torch.stack(samples)
         standard_error = estimates.std(0) / len(samples) ** 0.5
-        spread = float((standard_error / exact).max())
-        check(
-            spread < 0.1,
-            f"the mean of 200 redraws is still {spread:.0%} uncertain.",
-            "the estimator is useless as it is.",
-        )
+        uncertain = float((standard_error / exact).max())
+        check(uncertain < 0.1, f"the mean of 200 redraws is still {uncertain:.0%} uncertain.", meaning)
         off = (estimates.mean(0) - exact).abs()
-        # Deterministic maps have no spread of their own; there rounding is all that may be off.
-        worst = float((off / (standard_error + 1e-12 * exact)).max())
+        # A map whose redraws all agree has no spread: there rounding is all that may be off.
+        worst, relative = float((off / (standard_error + 1e-12 * exact)).max()), float((off / exact).max())
         check(
             worst < 6,
-            f"unbiased=True, but the mean of 200 redraws is {worst:.1f} standard errors ({float((off / exact).max()):.1%}) "
-            "from exp(scale · q·k).",
-            "the map does not estimate softmax attention; more features will not bring it closer.",
+            f"unbiased=True, but the mean of 200 redraws is off by {worst:.1f} standard errors ({relative:.1%}).",
+            meaning,
         )
 
     def test_redraw(self) -> None:
@@ -400,7 +393,7 @@ class FeatureMapContract(_MapContract):
             return
         torch.manual_seed(1)
         twin = self.make(**HEAD_SIZES)
-        meaning = "ranks of one job, or a restarted run, would use different features: draw from the map's own seed and counter."
+        meaning = "ranks of one job would use different features: draw from the map's own seed and counter."
         self.check_equal_maps(twin, feature_map, "built under another global seed", meaning)
         before = next(iter(self.evaluate(feature_map)))[1]
         global_state = torch.get_rng_state()
@@ -468,23 +461,21 @@ class FeatureMapContract(_MapContract):
             "a conversation resumed from its state goes elsewhere.",
         )
         self.check_equal(out, whole.out, y, x, feature_map, what, meaning)
-        check(state is not None and whole.state is not None, "return_state=True gave no state.", meaning)
-        budget = self.reordered(whole.state.kv, feature_map)
-        check_same_state(state, whole.state, budget, f"{what}: state", meaning)
+        self.check_equal_states(state_of(result), state_of(whole), feature_map, what, meaning)
 
     @pytest.mark.parametrize("side", ["left", "right"])
     @each_layout
     def test_padding(self, layout: str, side: str) -> None:
         feature_map, lengths = self.make(**HEAD_SIZES).double(), (LENGTH, 9, 1)
-        options = {"feature_map": feature_map, "return_state": True, **LAYOUTS[layout]}
+        options: dict[str, Any] = {"feature_map": feature_map, "return_state": True, **LAYOUTS[layout]}
         real = [draw(1, n, seed=n) for n in lengths]
         spans = [slice(LENGTH - n, None) if side == "left" else slice(0, n) for n in lengths]
         x = draw(len(lengths), seed=9, size=9.0).map(lambda t: t.clone())
         mask = torch.zeros(len(lengths), LENGTH, dtype=torch.bool)
         for row, (tokens, span) in enumerate(zip(real, spans, strict=True)):
             mask[row, span] = True
-            for padded, own in zip(x, tokens, strict=True):
-                padded[row, span] = own[0]
+            for t, own in zip(x, tokens, strict=True):
+                t[row, span] = own[0]
         x = x.leaves()
         padded = self.attend(*x, mask=mask, **options)
         meaning = f"an answer would depend on how long its neighbours in the batch are ({side} padding)."
@@ -495,15 +486,13 @@ class FeatureMapContract(_MapContract):
             what = f"{lengths[row]} tokens padded to {LENGTH} against unpadded"
             out = padded.out[row : row + 1, span]
             self.check_equal(out, expected.out, x, alone, feature_map, what, meaning, part=(slice(row, row + 1), span))
-            budget = self.reordered(expected.state.kv, feature_map)
-            check_same_state(
-                padded.state.select(torch.tensor([row])), expected.state, budget, f"{what}: state", meaning
-            )
+            state = state_of(padded).select(torch.tensor([row]))
+            self.check_equal_states(state, state_of(expected), feature_map, what, meaning)
 
     @each_layout
     def test_packed(self, layout: str) -> None:
         feature_map, lengths = self.make(**HEAD_SIZES).double(), (7, 1, 0, 16)
-        options = {"feature_map": feature_map, "return_state": True, **LAYOUTS[layout]}
+        options: dict[str, Any] = {"feature_map": feature_map, "return_state": True, **LAYOUTS[layout]}
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         x = draw(1, sum(lengths)).leaves()
         packed = self.attend(*x, cu_seqlens=bounds, **options)
@@ -513,8 +502,8 @@ class FeatureMapContract(_MapContract):
             what, meaning = f"sequence {n} of a packed batch against itself alone", "documents leak into each other."
             part = (slice(None), slice(start, stop))
             self.check_equal(packed.out[part], expected.out, x, alone, feature_map, what, meaning, part=part)
-            budget = self.reordered(expected.state.kv, feature_map)
-            check_same_state(packed.state.select(torch.tensor([n])), expected.state, budget, f"{what}: state", meaning)
+            state = state_of(packed).select(torch.tensor([n]))
+            self.check_equal_states(state, state_of(expected), feature_map, what, meaning)
 
     @each_layout
     def test_grouped_queries(self, layout: str) -> None:
@@ -584,6 +573,11 @@ class FeatureMapContract(_MapContract):
         for name, exact in theirs.items():
             budget = budgets.reordered(exact, count=LENGTH * feature_map.feature_dim, terms=terms)
             check_within(mine[name][part], exact, budget, f"{what}: {name}", meaning)
+
+    def check_equal_states(
+        self, state: AttentionState, expected: AttentionState, feature_map: FeatureMap, what: str, meaning: str
+    ) -> None:
+        check_same_state(state, expected, self.reordered(expected.kv, feature_map), f"{what}: state", meaning)
 
 
 class RepeatedHeads:
