@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,9 +16,15 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off on the device of ``x`` if it is on, and leaves no trace in a graph if it is not."""
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """x_h W_h for every head in at least float32, also under autocast: ``[B, T, H, D], [H, D, F] -> [B, T, H, F]``."""
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+    with full_precision(x):
         x = widen(x)
         return torch.einsum("bthd,hdf->bthf", x, weight.to(x.dtype))
 

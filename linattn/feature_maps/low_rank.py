@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn.errors import DtypeError, FeatureMapError, ShapeError
-from linattn.feature_maps._numerics import bounded_exp, per_head, widen
+from linattn.feature_maps._numerics import bounded_exp, full_precision, per_head, widen
 from linattn.feature_maps._samples import scaled_samples
 from linattn.feature_maps.base import FeatureMap, Features, SequenceMap
 from linattn.feature_maps.projections import draw_projection
@@ -119,7 +119,7 @@ class Nystrom(FeatureMap):
     def _features(self, tokens: Tensor) -> Features:
         x = widen(tokens) * self.scale**0.5
         landmarks = self.landmarks.to(x.dtype) * self.scale**0.5
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             distance = torch.cdist(landmarks, landmarks, compute_mode="donot_use_mm_for_euclid_dist")
             identity = torch.eye(self.num_features, dtype=x.dtype, device=x.device)
             factor = torch.linalg.cholesky((-distance.square() / 2).exp() + self.epsilon * identity)
@@ -180,7 +180,7 @@ class Nystromformer(SequenceMap):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         check_sequence(self, q, k, v, mask)
-        with torch.autocast(q.device.type, enabled=False):
+        with full_precision(q):
             real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
             k, v = _without_padding(k, mask), _without_padding(v, mask)
             if q.shape[1] == k.shape[1]:
@@ -292,7 +292,7 @@ class Linformer(SequenceMap):
                 f"k: got {k.shape[1]} tokens, but Linformer was built for max_length={self.max_length}; build it "
                 "with a larger one."
             )
-        with torch.autocast(q.device.type, enabled=False):
+        with full_precision(q):
             queries = _grouped(q, self.num_kv_heads) * self.scale
             value_projection = self.key_projection if self.value_projection is None else self.value_projection
             keys = self._project(self.key_projection, k, mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linattn.errors import FeatureMapError, OptionError
-from linattn.feature_maps._numerics import bounded, bounded_exp, per_head, widen
+from linattn.feature_maps._numerics import bounded, bounded_exp, full_precision, per_head, widen
 from linattn.feature_maps._samples import scaled_samples
 from linattn.feature_maps.base import FeatureMap, Features
 from linattn.feature_maps.projections import check_kind, draw_projection
@@ -103,7 +103,7 @@ class RandomFeatureMap(FeatureMap):
 
     def _project(self, x: Tensor) -> Tensor:
         """ω · x: ``[B, T, h, D] -> [B, T, h, M]``."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             return x @ self.omega.to(x.dtype).T
 
     @property
@@ -317,7 +317,7 @@ class FavorPlusPlus(RandomFeatureMap):
 
     def _features(self, x: Tensor, dtype: torch.dtype) -> Features:
         a = self.a.to(x.dtype).repeat_interleave(x.shape[2] // self.num_kv_heads, dim=0)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             logits = self._project(x * (1 - 4 * a).sqrt()) + a @ self.omega.to(x.dtype).square().T
         return bounded_exp(logits, self._log_mean + (1 - 4 * a).log().sum(-1) / 4 - x.square().sum(-1) / 2, dtype)
 
