@@ -109,12 +109,13 @@ class LinattnCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Take back the last ``-tokens_to_remove`` tokens exactly, and settle the ones before them.
 
         Raises:
             StateError: a positive count, or more tokens than the layer kept retractable.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise StateError(
                 f"crop({tokens_to_remove}): a length cannot be restored from a constant-size state; pass minus the "

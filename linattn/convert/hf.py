@@ -228,7 +228,7 @@ def token_mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
+    kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
@@ -236,6 +236,8 @@ def token_mask(
     **kwargs: Any,
 ) -> TokenMask:
     """The mask function registered as ``"linattn"``; arguments as transformers passes them to every mask function."""
+    # Caches count tokens in place, and a kept layer's mask is built after they have counted the new ones.
+    q_offset, kv_offset = (t.clone() if isinstance(t, Tensor) else t for t in (q_offset, kv_offset))
     recipe = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -396,6 +398,8 @@ def _kept_forward(
             f"{type(module).__name__} runs with attn_implementation='linattn' but belongs to no converted model; use "
             "linattn.convert_model, which sets it where it applies."
         )
+    if implementation == "sdpa" and kwargs.get("softcap") is not None:
+        implementation = "eager"  # sdpa has no softcap, and ignores or refuses one depending on its version
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if isinstance(attention_mask, TokenMask):
