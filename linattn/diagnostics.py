@@ -263,6 +263,8 @@ def plot_error_by_features(
         UnsupportedError: matplotlib is not installed.
     """
     plt = _pyplot()
+    from matplotlib.ticker import LogLocator
+
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
     for label, points in curves.items():
@@ -282,6 +284,9 @@ def plot_error_by_features(
         ax.set_xticks(sizes, [str(size) for size in sizes])
         ax.minorticks_off()
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     ax.set_xlabel("number of features F")
     ax.set_ylabel("relative output error")
     ax.grid(True, which="major", alpha=0.25)
