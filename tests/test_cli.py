@@ -158,7 +158,7 @@ def test_generate_prints_the_continuation_alone(converted: Path) -> None:
     assert len(expected.split()) >= 5
     ask = ("generate", converted, "--max-new-tokens", 9)
     assert cli(*ask, "-p", PROMPT).stdout == f"{expected}\n"
-    assert cli(*ask, input=PROMPT).stdout == f"{expected}\n"
+    assert cli(*ask, input=PROMPT + "\n").stdout == f"{expected}\n"
     assert cli(*ask, "-p", PROMPT, "--stream").stdout.split() == expected.split()
     report = json.loads(cli(*ask, "-p", PROMPT, "--json").stdout)
     assert (report["text"], report["prompt_tokens"], report["new_tokens"]) == (expected, 7, 9)

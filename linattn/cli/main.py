@@ -248,7 +248,7 @@ def generate(
     if prompt is None:
         if sys.stdin.isatty():
             raise typer.BadParameter("give --prompt, or the text on standard input.")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")
     source = Source.find(model)
     with _progress() as step, step(f"Loading {model}"):
         import torch
@@ -574,7 +574,8 @@ def _progress() -> Iterator[Callable[[str], contextlib.AbstractContextManager[No
 
     console = Console(stderr=True)
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # Bars that other libraries draw would become a line per refresh if they were redirected.
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stderr=False) as progress:
 
         @contextlib.contextmanager
         def step(description: str) -> Iterator[None]:
