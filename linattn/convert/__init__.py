@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linattn.convert.cache import LinattnCacheLayer
     from linattn.convert.families import prepare_cache
-    from linattn.convert.hf import ConvertedAttention
+    from linattn.convert.hf import ConvertedAttention, window_only
     from linattn.convert.io import load, load_state, save_state
     from linattn.convert.plan import ConversionPlan, LayerPlan, plan_model
     from linattn.convert.swap import convert_model, revert_model
@@ -28,6 +28,7 @@ _HOME = {
     "prepare_cache": "families",
     "revert_model": "swap",
     "save_state": "io",
+    "window_only": "hf",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "prepare_cache",
     "revert_model",
     "save_state",
+    "window_only",
 ]
 
 

@@ -8,9 +8,10 @@ attention function would not see otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class ConvertedAttention(nn.Module):
     Args:
         layer: what the plan says about this layer.
         device, dtype: of the parameters.
+
+    Attributes:
+        far: False deletes the far branch, leaving a sliding window with sinks: the control a conversion must beat.
+            See :func:`linattn.convert.window_only`.
     """
 
     far_bias: nn.Parameter
@@ -53,6 +58,7 @@ class ConvertedAttention(nn.Module):
         if layer.feature_map is None:
             raise ConversionError(f"{layer.path}: kind='convert' needs a feature_map.")
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
+        self.far = True
         self.feature_map = make(
             layer.feature_map,
             layer.head_dim,
@@ -151,8 +157,9 @@ class ConvertedAttention(nn.Module):
             feature_map=phi,
             window=self.window,
             sinks=self.sinks,
-            decay=self.log_gates(k),
-            far_bias=self.far_bias,
+            far=self.far,
+            decay=self.log_gates(k) if self.far else None,
+            far_bias=self.far_bias if self.far else None,
             scale=phi.scale,
             softcap=softcap,
             sink_logits=sink_logits,
@@ -175,6 +182,25 @@ class ConvertedAttention(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
         return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def window_only(model: nn.Module) -> Iterator[None]:
+    """Delete the far branch of a converted model's layers while the context lasts: a sliding window with sinks.
+
+    The control that a conversion must beat, with the same weights. Caches do not carry over between the two forms.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ConvertedAttention)]
+    if not layers:
+        raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")
+    before = [layer.far for layer in layers]
+    try:
+        for layer in layers:
+            layer.far = False
+        yield
+    finally:
+        for layer, far in zip(layers, before, strict=True):
+            layer.far = far
 
 
 class TokenMask:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from linattn.kernels import layout as layouts
 from linattn.kernels.layout import Layout
+from linattn.kernels.precision import widen
 from linattn.kernels.read import Exact, Far, Queries, Summed, read
 from linattn.kernels.scan import Memory, prefix, summarise
 from linattn.kernels.validate import Call
@@ -47,7 +48,7 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
 
 
 def _segment(call: Call) -> int:
-    """Tokens laid out at once. Few enough that a step's tensors stay in cache and are reused, instead of fresh pages."""
+    """Tokens laid out at once: few enough that a step's tensors stay in cache and memory is reused."""
     segment = max(SEGMENT_TOKENS, 8 * call.window)
     if torch.compiler.is_compiling():  # a graph of at most that many copies of the work
         segment = max(segment, -(-call.q.shape[1] // MAX_COMPILED_SEGMENTS))
@@ -115,7 +116,7 @@ def query_features(call: Call, q: Tensor, positions: Tensor | None) -> tuple[Ten
     if call.far_bias is not None:
         bias = call.far_bias.to(call.sums)
         log_scale = bias.expand(values.shape[:-1]) if log_scale is None else log_scale + bias
-    return values.to(call.sums), log_scale
+    return widen(values, call.sums), log_scale
 
 
 def key_features(call: Call, k: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -124,7 +125,7 @@ def key_features(call: Call, k: Tensor, positions: Tensor | None) -> tuple[Tenso
         return None, None
     map_ = call.feature_map
     values, log_scale = map_.forward_keys(k, positions) if map_.positional else map_.forward_keys(k)
-    return values.to(call.sums), None if log_scale is None else log_scale.to(call.sums)
+    return widen(values, call.sums), None if log_scale is None else log_scale.to(call.sums)
 
 
 def _queries(call: Call, q: Tensor, features: Tensor | None, log_scale: Tensor | None, c: int) -> Queries:

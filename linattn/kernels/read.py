@@ -150,14 +150,16 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
     den: Tensor | None = None
     for f, w in zip(far, weights, strict=True):
         kernel = (flat @ f.features.transpose(-1, -2)).view(*shape, -1)
-        if w is not None:
-            decayed = (w - top[..., None]).exp()
+        if w is None:
+            kernel = kernel.mul_(f.mask[:, :, :, None])
         else:
-            decayed = f.mask.to(kernel.dtype) if unscaled is None else unscaled[..., None] * f.mask
-        kernel = kernel * decayed[:, :, :, None]
+            kernel = kernel * (w - top[..., None]).exp()[:, :, :, None]
+        mass = kernel.sum(-1)
         part = (kernel.view(*lead, groups * c, -1) @ f.v).view(*shape, -1)
+        if w is None and unscaled is not None:
+            part, mass = part * unscaled[:, :, :, None, :, None], mass * unscaled[:, :, :, None]
         num = part if num is None else num + part
-        den = kernel.sum(-1) if den is None else den + kernel.sum(-1)
+        den = mass if den is None else den + mass
     for m in summed:
         part, mass = _read_summed(flat, m)
         part, mass = part.view(*shape, -1), mass.view(shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linattn.kernels.read import safe_denominator
+from linattn.kernels.precision import widen
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
@@ -83,7 +84,7 @@ def _features(call: Call, kind: str, x: Tensor, positions: Tensor) -> tuple[Tens
         return x.new_zeros(*x.shape[:2], 0, dtype=call.sums), x.new_zeros(x.shape[:2], dtype=call.sums)
     forward = getattr(call.feature_map, f"forward_{kind}")
     values, log_scale = forward(x[None], positions[None]) if call.feature_map.positional else forward(x[None])
-    values = values[0].to(call.sums)
+    values = widen(values[0], call.sums)
     return values, values.new_zeros(values.shape[:2]) if log_scale is None else log_scale[0].to(call.sums)
 
 
