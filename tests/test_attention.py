@@ -342,10 +342,9 @@ def test_random_features_travel_in_the_checkpoint() -> None:
     assert torch.equal(a(x).out, b(x).out)
 
 
-@pytest.mark.parametrize("variant", ["hybrid", "rope"])
-def test_compiles_as_one_graph(variant: str) -> None:
+def test_compiles_as_one_graph() -> None:
     torch.compiler.reset()
-    attn = build(**VARIANTS[variant]).float()
+    attn = build(window=4, sinks=2, rope=True, decay="data", far_bias=True, num_kv_heads=2, qk_norm=True).float()
     x = torch.randn(2, 19, E)
     whole = attn(x).out
     compiled = torch.compile(attn, fullgraph=True, backend="eager")
