@@ -155,6 +155,12 @@ def test_nystromformer_of_few_tokens_is_softmax_attention(iterations, tolerance)
     torch.testing.assert_close(out[mask], expected[mask], rtol=0, atol=tolerance)
 
 
+def test_nystromformer_landmarks_beyond_the_tokens_change_nothing():
+    q, k, v = tokens()
+    enough, more = (make("nystromformer", 6, **HEADS, num_landmarks=m).attend(q, k, v) for m in (11, 50))
+    torch.testing.assert_close(enough, more)
+
+
 def test_nystromformer_of_segments_is_the_papers_formula():
     """Equation 13 with landmarks of 2 tokens each, for one head."""
     q, k, v = normal(1, 8, 1, 6), normal(1, 8, 1, 6, seed=1), normal(1, 8, 1, 5, seed=2)

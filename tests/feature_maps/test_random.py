@@ -218,6 +218,9 @@ def test_favor_sharp_balances_the_covariances_of_queries_and_keys():
         cx, cy = torch.cov(x.T, correction=0), torch.cov(y.T, correction=0)
         torch.testing.assert_close(cx, cx.diagonal().diag(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(cx, cy, rtol=1e-6, atol=1e-6)
+        for c, a in zip(cx.diagonal().tolist(), phi.a[head].tolist(), strict=True):
+            best = second_moment("favor++", 2 * c, 1, a)
+            assert all(best < second_moment("favor++", 2 * c, 1, a + step) for step in (-1e-3, 1e-3))
 
 
 def test_relu_features_converge_to_the_arc_cosine_kernel():
