@@ -1,0 +1,182 @@
+"""Plans: what is planned, what is refused and in which words, and that planning changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from linattn import ConversionPlan, convert_model, plan_model
+from linattn.errors import CheckpointError, ConversionError, FeatureMapError, OptionError
+from linattn.feature_maps import ELU, Hedgehog
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def build(name: str, **options: object) -> PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**options)
+    for head in ("ForCausalLM", "ForConditionalGeneration", "Model"):
+        if hasattr(transformers, name + head):
+            return getattr(transformers, name + head)(config)
+    raise AssertionError(name)
+
+
+def test_a_plan_says_what_each_layer_becomes(make_llama):
+    plan = plan_model(make_llama(), window=16, sinks=2, decay="fixed", keep_softmax=[1], feature_map="elu")
+    assert [layer.kind for layer in plan.layers] == ["convert", "keep", "convert"]
+    first = plan.layers[0]
+    assert (first.path, first.attention) == ("model.layers.0.self_attn", "LlamaAttention")
+    assert (first.heads, first.kv_heads, first.head_dim, first.scale) == (4, 2, 8, 8**-0.5)
+    assert (first.feature_map, first.window, first.sinks, first.decay, first.causal) == ("elu", 16, 2, "fixed", True)
+    table = str(plan).splitlines()
+    assert table[0] == "llama: 2 of 3 attention layers converted"
+    assert "elu" in table[2] and "softmax" in table[3] and "asked for" in table[3]
+
+
+def test_planning_leaves_the_model_alone(make_llama, tokens):
+    model = make_llama()
+    before, names, config = model(tokens).logits, [n for n, _ in model.named_modules()], model.config.to_dict()
+    plan_model(model, decay="data")
+    assert torch.equal(model(tokens).logits, before)
+    assert [n for n, _ in model.named_modules()] == names
+    assert model.config.to_dict() == config
+
+
+def test_a_plan_can_be_saved_edited_and_carried_out(make_llama, tmp_path):
+    plan = plan_model(make_llama(), feature_map="elu")
+    plan.save(tmp_path / "plan.json")
+    loaded = ConversionPlan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    loaded.keep(0)
+    loaded.layers[1].window = 7
+    model = convert_model(make_llama(), plan=loaded)
+    assert not hasattr(model.model.layers[0].self_attn, "linattn")
+    assert model.model.layers[1].self_attn.linattn.window == 7
+    assert model.config.linattn == loaded.to_dict()
+
+
+def test_a_plan_of_another_model_is_refused(make_llama):
+    plan = plan_model(make_llama())
+    with pytest.raises(ConversionError, match="2 attention layers"):
+        convert_model(make_llama(layers=2), plan=plan)
+    with pytest.raises(ConversionError, match="heads=4"):
+        convert_model(make_llama(num_attention_heads=8, num_key_value_heads=2), plan=plan)
+    with pytest.raises(OptionError, match="window"):
+        convert_model(make_llama(), plan=plan, window=5)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 99}', '{"format": 1, "model_type": "x", "layers": [{}]}'])
+def test_what_is_no_plan_is_refused(text, tmp_path):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        ConversionPlan.load(tmp_path / "plan.json")
+    with pytest.raises(CheckpointError, match="no conversion plan"):
+        ConversionPlan.load(tmp_path / "absent.json")
+
+
+def test_maps_come_by_name_class_or_factory(make_llama):
+    model = make_llama()
+    assert plan_model(model, feature_map=ELU).layers[0].feature_map == "elu"
+    assert plan_model(model, feature_map="dpfp", feature_map_options={"nu": 2}).layers[0].feature_map_options == {"nu": 2}
+
+    def factory(layer):
+        return Hedgehog(layer.head_dim, num_heads=layer.heads, num_kv_heads=layer.kv_heads)
+
+    assert {layer.feature_map for layer in plan_model(model, feature_map=factory).layers} == {"hedgehog"}
+    with pytest.raises(OptionError, match="one instance"):
+        plan_model(model, feature_map=ELU(8, num_heads=4, num_kv_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"feature_map": "hedgehogg"}, FeatureMapError, "hedgehog"),
+        ({"feature_map_options": {"wrong": 1}}, FeatureMapError, "wrong"),
+        ({"feature_map": "linformer", "feature_map_options": {"max_length": 32}}, ConversionError, "causal"),
+        ({"window": -1}, OptionError, "window"),
+        ({"sinks": 1.5}, OptionError, "sinks"),
+        ({"decay": "slow"}, OptionError, "decay"),
+        ({"layers": [3]}, OptionError, "0 … 2"),
+        ({"keep_softmax": [-1]}, OptionError, "keep_softmax"),
+        ({"layers": [0], "keep_softmax": [0]}, OptionError, "both"),
+        ({"keep_softmax": [0, 1, 2]}, ConversionError, "nothing is left"),
+        ({"native_sliding": "drop"}, OptionError, "native_sliding"),
+        ({"on_unsupported": "ignore"}, OptionError, "on_unsupported"),
+    ],
+)
+def test_bad_options_name_themselves(options, error, says, make_llama):
+    with pytest.raises(error, match=says):
+        plan_model(make_llama(), **options)
+
+
+REFUSED = [
+    ("Falcon", SMALL, "computes its own softmax"),
+    ("Bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "computes its own softmax"),
+    ("Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, "computes its own softmax"),
+    ("GPTJ", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "computes its own softmax"),
+    ("DebertaV2", SMALL | {"intermediate_size": 48}, "computes its own softmax"),
+    ("T5", {"vocab_size": 64, "d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "d_ff": 48}, "encoder-decoder"),
+    ("Mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "linear already"),
+    ("Rwkv", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, "linear already"),
+    (
+        "DeepseekV3",
+        SMALL
+        | {"intermediate_size": 48, "moe_intermediate_size": 16, "num_key_value_heads": 4, "n_routed_experts": 4}
+        | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 2, "v_head_dim": 8}
+        | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+        "latent attention",
+    ),
+    ("Mistral", SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8}, "native_sliding='convert'"),
+    ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "no attention layer"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "says"), REFUSED, ids=[name for name, *_ in REFUSED])
+def test_what_cannot_be_converted_is_refused_untouched(name, sizes, says):
+    model = build(name, **sizes)
+    kind, names = type(model), [n for n, _ in model.named_parameters()]
+    with pytest.raises(ConversionError, match=says):
+        convert_model(model)
+    assert type(model) is kind
+    assert [n for n, _ in model.named_parameters()] == names
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(ConversionError, match="PreTrainedModel"):
+        plan_model(nn.Linear(2, 2))
+
+
+def test_unsupported_layers_can_be_left_as_they_are():
+    sizes = SMALL | {"intermediate_size": 48, "is_decoder": True, "add_cross_attention": True}
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes))
+    with pytest.raises(ConversionError, match="cross attention") as refusal:
+        plan_model(model)
+    assert "bert.encoder.layer.0.crossattention.self" in str(refusal.value)
+    assert "BertCrossAttention" in str(refusal.value)
+    assert "on_unsupported='keep'" in str(refusal.value)
+    plan = plan_model(model, on_unsupported="keep")
+    assert [layer.attention for layer in plan.converted] == ["BertSelfAttention"] * 2
+    assert [layer.attention for layer in plan.kept] == ["BertCrossAttention"] * 2
+    plan.layers[1].kind = "convert"
+    with pytest.raises(ConversionError, match="cannot be converted"):
+        convert_model(model, plan=plan)
+
+
+def test_native_windows_are_kept_unless_asked():
+    sizes = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes))
+    plan = plan_model(model)
+    assert [layer.kind for layer in plan.layers] == ["keep", "convert"]
+    assert "sliding window of its own (8)" in plan.layers[0].reason
+    assert any("softcap" in note for note in plan.layers[1].notes)
+    plan = plan_model(model, native_sliding="convert", window=128)
+    assert [layer.window for layer in plan.layers] == [8, 128]
+
+
+def test_bidirectional_layers_take_no_decay():
+    model = transformers.BertModel(transformers.BertConfig(**SMALL, intermediate_size=48))
+    assert not plan_model(model).layers[0].causal
+    with pytest.raises(ConversionError, match="bidirectional"):
+        plan_model(model, decay="fixed")
