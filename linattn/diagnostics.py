@@ -10,8 +10,8 @@ it measures the estimator, free of rounding, on some hundreds of tokens.
 >>> found = measure(make("favor+", 16, num_heads=4, num_features=256), q, k, window=8, sinks=2)
 >>> found.kl.shape  # one number per head
 torch.Size([4])
->>> found.output_error.max() < 0.5
-tensor(True)
+>>> sorted(found.mean())[:3]  # averaged over heads
+['effective_rank', 'entropy', 'kl']
 """
 
 from __future__ import annotations
@@ -328,11 +328,14 @@ def plot_attention(
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained", sharex=True, sharey=True)
     shared = LogNorm(floor, top)
-    signed = SymLogNorm(reach * 1e-2, vmin=-reach, vmax=reach)
-    name = feature_map.name or type(feature_map).__name__
+    decade = 10.0 ** math.floor(math.log10(reach))
+    signed = SymLogNorm(decade / 30, vmin=-reach, vmax=reach)
+    name = f"{feature_map.name or type(feature_map).__name__}, F = {feature_map.feature_dim}"
+    if window or sinks:
+        name += f", window {window} + {sinks} sinks"
     panels = [
         ("softmax attention", exact.clamp_min(floor), "magma", shared),
-        (f"{name}, F = {feature_map.feature_dim}", approximate.clamp_min(floor), "magma", shared),
+        (name, approximate.clamp_min(floor), "magma", shared),
         ("difference", difference, "RdBu_r", signed),
     ]
     images = []
@@ -345,7 +348,10 @@ def plot_attention(
         images.append(image)
     axes[0].set_ylabel("query")
     figure.colorbar(images[1], ax=axes[:2], label="weight", shrink=0.85, extend="min")
-    figure.colorbar(images[2], ax=axes[2], label="approximation − softmax", shrink=0.85)
+    ticks = [sign * decade / step for sign, step in ((-1, 1), (-1, 10), (0, 1), (1, 10), (1, 1))]
+    bar = figure.colorbar(images[2], ax=axes[2], label="approximation − softmax", shrink=0.85)
+    bar.set_ticks(ticks, labels=[f"{tick:+g}" if tick else "0" for tick in ticks])
+    bar.minorticks_off()
     return figure
 
 

@@ -167,7 +167,7 @@ def test_plots_show_what_was_measured(qkv):
     torch.testing.assert_close(torch.tensor(difference.filled(math.nan))[below], expected[below])
     assert softmax.mask[0, 1]  # the future is blank
     assert approximate.shape == (24, 24)
-    assert figure.axes[1].get_title() == "favor+, F = 16"
+    assert figure.axes[1].get_title() == "favor+, F = 16, window 4 + 0 sinks"
 
     points = error_by_features("favor+", q, k, num_features=(8, 16), draws=2)
     ax = plot_error_by_features({"FAVOR+": points}, levels={"window": 0.5})
