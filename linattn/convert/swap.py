@@ -129,7 +129,7 @@ def revert_model(model: Model) -> Model:
     del config.linattn
     for submodel in _submodels(model):
         submodel.__class__ = _base_of(type(submodel))
-    config.__class__ = _base_of(type(config))
+    _set_config_class(config, _base_of(type(config)))
     config.architectures = [name.removeprefix(CLASS_PREFIX) for name in config.architectures or []] or None
     dropped = model.__dict__.pop(_DROPPED, {})
     if "quantization_config" in dropped:
@@ -184,12 +184,18 @@ def _own_configs(model: PreTrainedModel, plan: ConversionPlan) -> list[PreTraine
     """Give the model configs of its own, of the converted class; returns those the converted layers look at."""
     memo: dict[int, Any] = {}
     own = copy.deepcopy(model.config, memo)
-    own.__class__ = converted_config_class(type(own))
+    _set_config_class(own, converted_config_class(type(own)))
     own.linattn = plan.to_dict()
     for module in model.modules():
         if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
             module.__dict__["config"] = copy.deepcopy(config, memo)
     return list({id(c): c for c in (_config(model, layer.path) for layer in plan.converted)}.values())
+
+
+def _set_config_class(config: PreTrainedConfig, cls: type[PreTrainedConfig]) -> None:
+    """Change a config's class, and with it the model type, which configs read from a file also hold themselves."""
+    config.__class__ = cls
+    config.__dict__.pop("model_type", None)
 
 
 def _config(model: PreTrainedModel, path: str) -> Any:

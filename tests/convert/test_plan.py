@@ -32,7 +32,9 @@ def test_a_plan_says_what_each_layer_becomes(make_llama):
     assert (first.feature_map, first.window, first.sinks, first.decay, first.causal) == ("elu", 16, 2, "fixed", True)
     table = str(plan).splitlines()
     assert table[0] == "llama: 2 of 3 attention layers converted"
-    assert "elu" in table[2] and "softmax" in table[3] and "asked for" in table[3]
+    assert "elu" in table[2]
+    assert "softmax" in table[3]
+    assert "asked for" in table[3]
 
 
 def test_planning_leaves_the_model_alone(make_llama, tokens):
@@ -67,7 +69,9 @@ def test_a_plan_of_another_model_is_refused(make_llama):
         convert_model(make_llama(), plan=plan, window=5)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 99}', '{"format": 1, "model_type": "x", "layers": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"format": 99}', '{"format": 1, "model_type": "x", "layers": [{}]}']
+)
 def test_what_is_no_plan_is_refused(text, tmp_path):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(CheckpointError):
@@ -79,7 +83,9 @@ def test_what_is_no_plan_is_refused(text, tmp_path):
 def test_maps_come_by_name_class_or_factory(make_llama):
     model = make_llama()
     assert plan_model(model, feature_map=ELU).layers[0].feature_map == "elu"
-    assert plan_model(model, feature_map="dpfp", feature_map_options={"nu": 2}).layers[0].feature_map_options == {"nu": 2}
+    assert plan_model(model, feature_map="dpfp", feature_map_options={"nu": 2}).layers[0].feature_map_options == {
+        "nu": 2
+    }
 
     def factory(layer):
         return Hedgehog(layer.head_dim, num_heads=layer.heads, num_kv_heads=layer.kv_heads)
@@ -117,7 +123,11 @@ REFUSED = [
     ("Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, "computes its own softmax"),
     ("GPTJ", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "computes its own softmax"),
     ("DebertaV2", SMALL | {"intermediate_size": 48}, "computes its own softmax"),
-    ("T5", {"vocab_size": 64, "d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "d_ff": 48}, "encoder-decoder"),
+    (
+        "T5",
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "d_ff": 48},
+        "encoder-decoder",
+    ),
     ("Mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "linear already"),
     ("Rwkv", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, "linear already"),
     (
@@ -128,7 +138,11 @@ REFUSED = [
         | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
         "latent attention",
     ),
-    ("Mistral", SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8}, "native_sliding='convert'"),
+    (
+        "Mistral",
+        SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8},
+        "native_sliding='convert'",
+    ),
     ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "no attention layer"),
 ]
 

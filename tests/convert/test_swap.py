@@ -36,19 +36,22 @@ def test_the_model_stays_what_it_was_and_says_what_it_is(make_llama):
     assert isinstance(model, LlamaForCausalLM)
     assert type(model).__name__ == "LinattnLlamaForCausalLM"
     assert model.config.model_type == "linattn_llama"
-    assert "ConvertedAttention" in repr(model) and "window=128, sinks=4" in repr(model)
+    assert "ConvertedAttention" in repr(model)
+    assert "window=128, sinks=4" in repr(model)
 
 
 def test_reverting_restores_everything(make_llama, tokens):
     model, original = make_llama(), make_llama()
     convert_model(model, **FAR, decay="data", keep_softmax=[1])
     assert revert_model(model) is model
-    assert type(model) is LlamaForCausalLM and type(model.model) is type(original.model)
+    assert type(model) is LlamaForCausalLM
+    assert type(model.model) is type(original.model)
     assert model.config.to_dict() == original.config.to_dict()
     assert model.config._attn_implementation == original.config._attn_implementation
     assert [n for n, _ in model.named_modules()] == [n for n, _ in original.named_modules()]
     attention = model.model.layers[0].self_attn
-    assert not attention._forward_pre_hooks and not attention._forward_pre_hooks_with_kwargs
+    assert not attention._forward_pre_hooks
+    assert not attention._forward_pre_hooks_with_kwargs
     assert vars(attention).keys() == vars(original.model.layers[0].self_attn).keys()
     assert torch.equal(model(tokens).logits, original(tokens).logits)
     with pytest.raises(ConversionError, match="not a model converted"):
@@ -69,7 +72,8 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(make_llama, tokens, monke
     monkeypatch.setattr(swap, "_build", fail_on_the_last)
     with pytest.raises(RuntimeError, match="out of memory"):
         convert_model(model)
-    assert type(model) is LlamaForCausalLM and model.config is config
+    assert type(model) is LlamaForCausalLM
+    assert model.config is config
     assert not any("linattn" in name for name, _ in model.named_modules())
     assert torch.equal(model(tokens).logits, before)
 
@@ -80,7 +84,8 @@ def test_models_that_share_a_config_do_not_share_a_conversion(make_llama, tokens
     before = second(tokens).logits
     convert_model(first, **FAR)
     assert torch.equal(second(tokens).logits, before)
-    assert second.config._attn_implementation != "linattn" and not hasattr(second.config, "linattn")
+    assert second.config._attn_implementation != "linattn"
+    assert not hasattr(second.config, "linattn")
 
 
 def test_converting_twice_is_refused(make_llama):
@@ -150,7 +155,9 @@ def test_what_a_converted_layer_cannot_do_is_said(make_llama, tokens, monkeypatc
     with pytest.raises(ShapeError, match="attention_mask"):
         model(tokens, attention_mask=torch.ones(2, 20, dtype=torch.long))
     parallel = types.SimpleNamespace(cp_enabled=True, sp_enabled=False)
-    state = types.SimpleNamespace(AcceleratorState=types.SimpleNamespace(_shared_state={"parallelism_config": parallel}))
+    state = types.SimpleNamespace(
+        AcceleratorState=types.SimpleNamespace(_shared_state={"parallelism_config": parallel})
+    )
     monkeypatch.setitem(sys.modules, "accelerate.state", state)
     with pytest.raises(UnsupportedError, match="Context parallelism"):
         model(tokens)
@@ -176,7 +183,8 @@ def test_kept_layers_follow_the_chosen_implementation(make_llama, tokens):
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "linattn"
     after = model(tokens).logits
-    assert not torch.equal(after, before) and (after - before).abs().max() < 1e-5
+    assert not torch.equal(after, before)
+    assert (after - before).abs().max() < 1e-5
     assert revert_model(model).config._attn_implementation == "eager"
 
 
@@ -211,11 +219,14 @@ def test_a_converted_model_can_be_copied_and_pickled(make_llama, tokens):
 def test_lora_trains_and_merges(make_llama, tokens):
     peft = pytest.importorskip("peft", reason="needs the package peft")
     model = convert_model(make_llama(), **FAR)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["feature_map"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], modules_to_save=["feature_map"], init_lora_weights=False
+    )
     adapted = peft.get_peft_model(model, config)
     adapted(tokens, labels=tokens).loss.backward()
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
-    assert any("lora_A" in name for name in trained) and any("feature_map.modules_to_save" in name for name in trained)
+    assert any("lora_A" in name for name in trained)
+    assert any("feature_map.modules_to_save" in name for name in trained)
     adapted.eval()
     want = adapted(tokens).logits
     merged = adapted.merge_and_unload()

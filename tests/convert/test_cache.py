@@ -1,0 +1,225 @@
+"""The constant-size cache under everything generation does: always the tokens of the uncached computation."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from linattn import convert_model
+from linattn.convert import LinattnCacheLayer, load_state, prepare_cache, save_state
+from linattn.convert.cache import MAX_LOOKBACK
+from linattn.errors import CheckpointError, StateError
+
+NEW = 24
+VARIANTS = {
+    "all": {},
+    "data-decay": {"decay": "data"},
+    "fixed-decay": {"decay": "fixed"},
+    "random-map": {"feature_map": "favor+"},
+    "first-kept": {"keep_softmax": [0]},
+    "last-kept": {"keep_softmax": [2]},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def model(request, make_llama):
+    return convert_model(make_llama(), window=6, sinks=2, **request.param)
+
+
+def uncached(model, tokens, new=NEW, mask=None):
+    """Greedy continuation, every token computed from the whole sequence."""
+    call = {}
+    with torch.no_grad():
+        for _ in range(new):
+            if mask is not None:
+                seen = torch.cat([mask, mask.new_ones(len(tokens), tokens.shape[1] - mask.shape[1])], 1)
+                call = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp_min(0)}
+            logits = model(tokens, use_cache=False, **call).logits[:, -1:]
+            tokens = torch.cat([tokens, logits.argmax(-1)], 1)
+    return tokens
+
+
+def greedy(model, tokens, new=NEW, **options):
+    options = {"attention_mask": torch.ones_like(tokens), "do_sample": False} | options
+    return model.generate(tokens, max_new_tokens=new, **options)
+
+
+def test_greedy(model, tokens):
+    assert torch.equal(greedy(model, tokens), uncached(model, tokens))
+
+
+def test_sampling(model, tokens):
+    def sample(**options):
+        torch.manual_seed(3)
+        return model.generate(tokens, do_sample=True, num_return_sequences=2, max_new_tokens=12, **options)
+
+    assert torch.equal(sample(), sample(use_cache=False))
+
+
+def test_left_padded_batch(model, tokens):
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    padded = tokens * mask
+    got = greedy(model, padded, attention_mask=mask)
+    assert torch.equal(got, uncached(model, padded, mask=mask))
+    assert torch.equal(got[1:, 7:], greedy(model, tokens[1:, 7:]))
+
+
+def test_beam_search(model, tokens):
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(greedy(model, tokens, 12, **options), greedy(model, tokens, 12, use_cache=False, **options))
+
+
+def test_prompt_lookup(model, tokens):
+    tokens = tokens[:1].repeat(1, 3)
+    assert torch.equal(greedy(model, tokens, prompt_lookup_num_tokens=5), uncached(model, tokens))
+
+
+@pytest.mark.parametrize("draft", ["itself", "another"])
+def test_assisted(model, make_llama, tokens, draft):
+    assistant = model if draft == "itself" else convert_model(make_llama(layers=1, seed=5), window=4, sinks=1)
+    got = greedy(model, tokens[:1], assistant_model=assistant)
+    assert torch.equal(got, uncached(model, tokens[:1]))
+
+
+def test_conversation_continues_from_a_saved_state(model, tokens, tmp_path):
+    first = greedy(model, tokens, 8, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, tokens[:, :9]], 1)
+    want = uncached(model, turn, 8)
+    save_state(first.past_key_values, tmp_path / "state.safetensors")
+    restored = load_state(tmp_path / "state.safetensors")
+    for cache in (restored, first.past_key_values):
+        assert torch.equal(greedy(model, turn, 8, past_key_values=cache), want)
+
+
+def test_static_cache(model, tokens):
+    assert torch.equal(greedy(model, tokens, cache_implementation="static"), uncached(model, tokens))
+
+
+def test_chunked_prefill_equals_one_pass(model, tokens):
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in tokens.split([4, 1, 11, 14], 1)]
+        assert (torch.cat(parts, 1) - model(tokens, use_cache=False).logits).abs().max() < 1e-4
+
+
+class Stream(contextlib.nullcontext):
+    """A CUDA stream's stand-in: on the CPU every copy is finished when it returns."""
+
+    def wait_stream(self, other):
+        pass
+
+
+def test_offloaded_cache(model, tokens, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    monkeypatch.setattr(torch, "Stream", lambda *args: Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args: Stream())
+    got = greedy(model, tokens, cache_implementation="offloaded", return_dict_in_generate=True)
+    assert torch.equal(got.sequences, uncached(model, tokens))
+    layers = [layer for layer in got.past_key_values.layers if isinstance(layer, LinattnCacheLayer)]
+    assert layers
+    assert all(layer._offloaded for layer in layers)
+
+
+def fill(model, tokens):
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    return cache
+
+
+def test_bytes_do_not_grow(make_llama, tokens):
+    model = convert_model(make_llama(), window=6, sinks=2, decay="data")
+    cache = fill(model, tokens)
+    before = [layer.nbytes for layer in cache.layers]
+    with torch.no_grad():
+        model(tokens.repeat(1, 6), past_key_values=cache)
+    assert [layer.nbytes for layer in cache.layers] == before
+    assert cache.get_seq_length() == 7 * tokens.shape[1]
+    assert cache.batch_size == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, torch.tensor(3)])
+def test_rollback_forgets_exactly(model, tokens, count):
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    cache.activate_past_recording()
+    keep = tokens.shape[1] - int(count)
+    with torch.no_grad():
+        model(tokens[:, :20], past_key_values=cache)
+        cache.crop(0)
+        model(tokens[:, 20:], past_key_values=cache)
+        cache.crop(-count)
+        assert int(cache.get_seq_length()) == keep
+        got = model(tokens[:, :6], past_key_values=cache).logits
+        want = model(torch.cat([tokens[:, :keep], tokens[:, :6]], 1), use_cache=False).logits[:, keep:]
+    assert (got - want).abs().max() < 1e-4
+
+
+def test_rollback_says_when_it_cannot(make_llama, tokens):
+    model = convert_model(make_llama(), window=6, sinks=2)
+    cache = fill(model, tokens)
+    with pytest.raises(StateError, match="lookback"):
+        cache.crop(-2)
+    with pytest.raises(StateError, match="minus the"):
+        cache.crop(4)
+
+
+def test_recording_keeps_a_bounded_ring(make_llama):
+    model = convert_model(make_llama(layers=1, max_position_embeddings=2048), window=6, sinks=2)
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(torch.randint(3, 64, (1, MAX_LOOKBACK + 100)), past_key_values=cache)
+    assert cache.layers[0].state.lookback == MAX_LOOKBACK
+
+
+def test_rows_are_selected_and_repeated(make_llama, tokens):
+    model = convert_model(make_llama(), window=6, sinks=2, keep_softmax=[1])
+    probe = torch.full((1, 1), 7)
+    with torch.no_grad():
+        want = [model(probe, past_key_values=fill(model, row)).logits for row in tokens.split(1)]
+        cache = fill(model, tokens)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
+        cache.batch_select_indices(torch.tensor([0, 1, 2]))
+        got = model(probe.repeat(3, 1), past_key_values=cache).logits
+    assert (got - torch.cat([want[1], want[0], want[1]])).abs().max() < 1e-4
+
+
+def test_reset_begins_anew(make_llama, tokens):
+    model = convert_model(make_llama(), window=6, sinks=2)
+    cache = fill(model, tokens)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        got = model(tokens, past_key_values=cache).logits
+        assert torch.equal(got, model(tokens, past_key_values=DynamicCache()).logits)
+
+
+def test_a_cache_of_keys_and_values_is_refused(make_llama, tokens):
+    cache = DynamicCache()
+    make_llama()(tokens, past_key_values=cache)
+    with pytest.raises(StateError, match="holds 30 tokens as keys and values"):
+        convert_model(make_llama())(tokens, past_key_values=cache)
+
+
+def test_saved_states_are_checked(make_llama, tokens, tmp_path):
+    from safetensors.torch import save_file
+    from transformers import StaticCache
+
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(CheckpointError, match="no readable"):
+        load_state(path)
+    path.write_bytes(b"not a state")
+    with pytest.raises(CheckpointError, match="no readable"):
+        load_state(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not a conversation state"):
+        load_state(path)
+    model = make_llama()
+    static = StaticCache(model.config, max_cache_len=8)
+    with pytest.raises(StateError, match="StaticLayer"):
+        save_state(static, path)
