@@ -295,6 +295,11 @@ def main() -> None:
             "favor#_fitted": summarise(layers, "favor#"),
             "per_layer": layers,
         }
+        window_mean, alone_mean, hybrid_mean = payload["smollm2"]["favor+"]["mean_error"].values()
+        payload["claims"]["hybrid_below_both_halves_smollm2"] = {
+            "claim": "hybrid with FAVOR+ below both of its halves on a real model, mean over layers",
+            "holds": hybrid_mean < min(window_mean, alone_mean),
+        }
     else:
         reason = f"{', '.join(missing)} not installed" if missing else "left out by --layers 0"
         payload["smollm2"] = {"not_measured": reason}
