@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from linattn.convert.autoload import PREFIX
-from linattn.convert.cache import adopt, decoder_cache
+from linattn.convert.cache import adopt
 from linattn.convert.hf import KEPT_ATTRIBUTE, NAME, ConvertedAttention
 from linattn.errors import CheckpointError, UnsupportedError
 from linattn.feature_maps import FeatureMap
@@ -111,8 +111,8 @@ class ConvertedModel:
 def prepare_cache(model: PreTrainedModel, cache: Cache) -> Cache:
     """Put the constant-size layers of ``model`` in place in an empty ``cache``; returns it."""
     for module in model.modules():
-        if NAME in module._modules and isinstance(module.layer_idx, int):
-            adopt(decoder_cache(cache), module.layer_idx)
+        if NAME in module._modules and isinstance(index := getattr(module, "layer_idx", None), int):
+            adopt(cache, index)
     return cache
 
 

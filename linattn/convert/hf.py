@@ -135,6 +135,11 @@ class ConvertedAttention(nn.Module):
         """
         phi = self.feature_map
         if isinstance(phi, SequenceMap):
+            if cu_seqlens is not None or softcap is not None or sink_logits is not None:
+                raise UnsupportedError(
+                    f"{type(phi).__name__} approximates plain attention over one whole sequence per row: no "
+                    "packing, softcap or sink logits. Choose a map with per-token features."
+                )
             return phi.attend(q, k, v, mask)
         if scale is not None and not math.isclose(scale, phi.scale, rel_tol=1e-6):
             raise ConversionError(

@@ -127,17 +127,20 @@ def _head_dim(module: nn.Module, config: Any) -> int:
 
 
 def _heads(module: nn.Module, config: Any, head_dim: int) -> tuple[int, int]:
-    """Query and key/value heads: from the projections where they are separate, else from what the module says."""
+    """Query and key/value heads: from the key projection where there is one, else from what the module says.
 
-    def projected(*names: str) -> int:
-        projections = (getattr(module, name, None) for name in names)
-        width = next((p.out_features for p in projections if isinstance(p, nn.Linear)), 0)
-        return width // head_dim if head_dim else 0
-
-    heads = projected("q_proj", "q_lin", "query") or _first(module, "num_heads", "num_attention_heads", "n_heads")
-    heads = heads or int(getattr(config, "num_attention_heads", 0))
+    The query projection is no witness: it may carry a gate beside the queries.
+    """
     groups = _first(module, "num_key_value_groups") or 1
-    return heads, projected("k_proj", "k_lin", "key") or heads // groups
+    keys = next(
+        (p for name in ("k_proj", "k_lin", "key") if isinstance(p := getattr(module, name, None), nn.Linear)), None
+    )
+    if keys is not None and head_dim:
+        kv_heads = keys.out_features // head_dim
+        return kv_heads * groups, kv_heads
+    heads = _first(module, "num_heads", "num_attention_heads", "n_heads")
+    heads = heads or int(getattr(config, "num_attention_heads", 0))
+    return heads, heads // groups
 
 
 def _scale(module: nn.Module, head_dim: int) -> float:

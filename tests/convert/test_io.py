@@ -1,4 +1,4 @@
-"""Saving and loading: bit-equal, by transformers' own Auto classes, in either order of import; broken files are told."""
+"""Saving and loading: bit-equal, by transformers' own Auto classes, in any order of import; broken files are told."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linattn import ConversionPlan, convert_model, plan_model
-from linattn.errors import CheckpointError, ConversionError, FeatureMapError, OptionError
+from linattn.errors import CheckpointError, ConversionError, FeatureMapError, OptionError, UnsupportedError
 from linattn.feature_maps import ELU, Hedgehog
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -194,3 +194,31 @@ def test_bidirectional_layers_take_no_decay():
     assert not plan_model(model).layers[0].causal
     with pytest.raises(ConversionError, match="bidirectional"):
         plan_model(model, decay="fixed")
+
+
+def test_layers_that_are_linear_already_do_not_stand_in_the_way():
+    sizes = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    model = build("Qwen3Next", **sizes, **experts, **linear, layer_types=["linear_attention", "full_attention"])
+    plan = plan_model(model, window=6)
+    assert "linear already" in plan.kept[0].reason
+    # Its query projection carries a gate of the same width beside the queries.
+    assert (plan.converted[0].heads, plan.converted[0].kv_heads) == (4, 2)
+    assert torch.isfinite(convert_model(model, plan=plan)(torch.arange(3, 30)[None]).logits).all()
+
+
+def test_maps_over_whole_sequences_replace_the_attention_as_a_whole():
+    model = transformers.BertModel(transformers.BertConfig(**SMALL, intermediate_size=48))
+    plan = plan_model(model, feature_map="nystromformer")
+    assert (plan.layers[0].window, plan.layers[0].sinks) == (0, 0)
+    convert_model(model, plan=plan)
+    tokens = torch.arange(3, 30)[None]
+    assert model(tokens).last_hidden_state.shape == (1, 27, 32)
+    with pytest.raises(UnsupportedError, match="whole sequence"):
+        model(tokens, cu_seq_lens_q=torch.tensor([0, 10, 27]))

@@ -167,7 +167,7 @@ def test_a_scale_that_the_layer_does_not_use_is_an_error(make_llama, tokens):
     plan = plan_model(make_llama())
     plan.layers[0].scale = 1.0
     model = convert_model(make_llama(), plan=plan)
-    with pytest.raises(ConversionError, match="scaling=0.353553"):
+    with pytest.raises(ConversionError, match=r"scaling=0\.353553"):
         model(tokens)
 
 
