@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linattn.errors import FeatureMapError, ShapeError
+from linattn.errors import FeatureMapError, ShapeError, UnsupportedError
 
 
 class Features(NamedTuple):
@@ -76,6 +76,8 @@ class FeatureMap(nn.Module):
                 f"{type(self).__name__}: head_dim={head_dim}, num_heads={num_heads}, num_kv_heads={num_kv_heads}; "
                 "all must be positive and num_heads a multiple of num_kv_heads."
             )
+        if scale is not None and not 0 < scale < float("inf"):
+            raise FeatureMapError(f"{type(self).__name__}: scale={scale!r}, expected a positive number or None.")
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -132,6 +134,12 @@ class SequenceMap(FeatureMap):
     """
 
     causal: ClassVar[bool] = False
+
+    def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> Features:
+        raise UnsupportedError(f"{type(self).__name__} has no per-token features; call attend(q, k, v, mask).")
+
+    def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> Features:
+        raise UnsupportedError(f"{type(self).__name__} has no per-token features; call attend(q, k, v, mask).")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Approximate attention output.

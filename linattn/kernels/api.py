@@ -19,7 +19,8 @@ class AttentionOutput(NamedTuple):
     """Result of an attention call.
 
     Attributes:
-        out: ``[B, T, H, V]`` in the dtype of ``v``; zero at padded queries.
+        out: ``[B, T, H, V]`` in the dtype of ``v``. Zero at padded queries where they have a position (causal, or with
+            a window); bidirectional without a window, a mask is about keys only and every query is answered.
         state: the memory after the last token if ``return_state``, else None.
     """
 

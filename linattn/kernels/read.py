@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linattn.state import EMPTY_LOG_SCALE
 
-FAR_FLOOR = 1e-24
+FAR_FLOOR = {torch.float32: 1e-30, torch.float64: 1e-200}
 """Far mass, relative to its own log-scale, below which it no longer sets the scale of a row."""
 
 DENOMINATOR_FLOOR = 1e-4
@@ -102,7 +102,7 @@ def read(
 
     tops = [s.detach().amax(-1) for s in logits if s.shape[-1]]
     if den is not None and log_far is not None:
-        tops.append((log_far + den.abs().clamp_min(FAR_FLOOR).log()).detach().expand(shape))
+        tops.append((log_far + den.abs().clamp_min(FAR_FLOOR[den.dtype]).log()).detach().expand(shape))
     if sink_logits is not None:
         sink_logits = sink_logits.view(1, lead[1], 1, groups, 1)
         tops.append(sink_logits.detach().expand(shape))
@@ -150,10 +150,8 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
     den: Tensor | None = None
     for f, w in zip(far, weights, strict=True):
         kernel = (flat @ f.features.transpose(-1, -2)).view(*shape, -1)
-        if w is None:
-            kernel = kernel.mul_(f.mask[:, :, :, None])
-        else:
-            kernel = kernel * (w - top[..., None]).exp()[:, :, :, None]
+        seen = f.mask if w is None else (w - top[..., None]).exp()
+        kernel = kernel * seen[:, :, :, None]
         mass = kernel.sum(-1)
         part = (kernel.view(*lead, groups * c, -1) @ f.v).view(*shape, -1)
         if w is None and unscaled is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from linattn.kernels.read import safe_denominator
 from linattn.kernels.precision import widen
+from linattn.kernels.read import safe_denominator
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
@@ -162,8 +163,10 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     shift = torch.cat(parts, dim=2).amax(2, keepdim=True).detach()  # [H, Tq, 1]
     shift = torch.where(shift > EMPTY_LOG_SCALE, shift, 0.0)  # a row without any weight
 
-    weights = (log_near - shift).exp() + (log_far - shift).exp() * kernel
-    memory = (log_memory - shift[:, :, 0]).exp()
+    # Where a kernel value is zero its log-scale may lie far above the row's shift: bounded, the product stays zero.
+    most = math.log(torch.finfo(sums).max) - 1
+    weights = (log_near - shift).exp() + (log_far - shift).clamp_max(most).exp() * kernel
+    memory = (log_memory - shift[:, :, 0]).clamp_max(most).exp()
     num = torch.einsum("hqk,khv->qhv", weights, heads(t.v.to(sums)))
     num = num + torch.einsum("hq,qhf,hfv->qhv", memory, phi_q, old_kv)
     den = weights.sum(2).T + (memory * memory_kernel).T
