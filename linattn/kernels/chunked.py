@@ -21,7 +21,7 @@ from linattn.kernels.scan import Memory, prefix, summarise
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
-CHUNK_SIZE = 128
+CHUNK_SIZE = 64
 SEGMENT_TOKENS = 2048
 MAX_COMPILED_SEGMENTS = 16
 STEP_TOKENS = 16
