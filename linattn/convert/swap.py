@@ -46,9 +46,10 @@ def convert_model(
 
     Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks`` first
     ones exactly and the rest through a feature map (see :func:`linattn.kernels.kernel_attention`). For sequences of up
-    to ``window + sinks`` tokens the logits are the original's. Projections, rotary embedding, norms, softcaps, learned
-    sink logits, tied weights, dtype and device stay as they are; the new parameters live in ``<attention>.linattn``.
-    The model's class becomes a subclass of the one it had, and its cache a constant-size one.
+    to ``window + sinks`` tokens (bidirectional: ``window``) the logits are the original's. Projections, rotary
+    embedding, norms, softcaps, learned sink logits, tied weights, dtype and device stay as they are; the new parameters
+    live in ``<attention>.linattn``. The model's class becomes a subclass of the one it had, and its cache a
+    constant-size one.
 
     Args:
         model: any ``PreTrainedModel`` whose attention goes through the interface, causal or bidirectional.
