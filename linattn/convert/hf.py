@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from linattn.attention import starting_log_half_lives
 from linattn.convert.cache import LinattnCacheLayer, adopt
 from linattn.convert.plan import LayerPlan
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
@@ -30,8 +31,8 @@ from linattn.kernels import kernel_attention
 NAME = "linattn"
 KEPT_ATTRIBUTE = "_linattn_kept"
 """Set on every attention module behind the seam: the implementation that softmax layers use."""
-HALF_LIVES = (64.0, 8192.0)
-"""Half-lives, in tokens, over which the heads' decays start log-spaced."""
+CACHE_ATTRIBUTE = "_linattn_cache_layer"
+"""Holds a converted module's cache layer between its forward pre-hook and the attention function."""
 
 
 class ConvertedAttention(nn.Module):
@@ -47,6 +48,7 @@ class ConvertedAttention(nn.Module):
     Attributes:
         far: False deletes the far branch, leaving a sliding window with sinks: the control a conversion must beat.
             See :func:`linattn.convert.window_only`.
+        native_window: the sliding window that the softmax attention had, or None: what training aims at.
     """
 
     far_bias: nn.Parameter
@@ -58,6 +60,7 @@ class ConvertedAttention(nn.Module):
         if layer.feature_map is None:
             raise ConversionError(f"{layer.path}: kind='convert' needs a feature_map.")
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
+        self.native_window = layer.native_window
         self.far = True
         self.feature_map = make(
             layer.feature_map,
@@ -75,7 +78,6 @@ class ConvertedAttention(nn.Module):
         elif self.decay == "data":
             self.gate_weight = nn.Parameter(torch.empty(layer.kv_heads, layer.head_dim, device=device, dtype=dtype))
             self.gate_bias = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
-        self._cache_layer: LinattnCacheLayer | None = None
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,9 +90,7 @@ class ConvertedAttention(nn.Module):
         self.far_bias.zero_()
         if self.decay is None:
             return
-        low, high = map(math.log, HALF_LIVES)
-        heads = self.feature_map.num_kv_heads
-        log_half_life = torch.linspace(low, high, heads) if heads > 1 else torch.tensor([(low + high) / 2])
+        log_half_life = starting_log_half_lives(self.feature_map.num_kv_heads)
         if self.decay == "fixed":
             self.log_half_life.copy_(log_half_life)
         else:
@@ -178,11 +178,6 @@ class ConvertedAttention(nn.Module):
         if cache_layer is not None and result.state is not None:
             cache_layer.commit(result.state)
         return result.out.reshape(*shape[:-1], v.shape[-1])
-
-    def take_cache_layer(self) -> LinattnCacheLayer | None:
-        """The cache layer handed over for this call, once."""
-        layer, self._cache_layer = self._cache_layer, None
-        return layer
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
@@ -364,10 +359,11 @@ def attention_forward(
     Returns:
         ``[B, T, H, V]``, and None for the attention weights, which are never formed.
     """
-    converted = module._modules.get(NAME)
-    if not isinstance(converted, ConvertedAttention):
+    # An adapter library may have wrapped the ConvertedAttention: whatever the child is, the layer is converted.
+    converted: Any = module._modules.get(NAME)
+    if converted is None:
         return _kept_forward(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
-    cache_layer = converted.take_cache_layer()
+    cache_layer = module.__dict__.pop(CACHE_ATTRIBUTE, None)
     _refuse_unsupported(query, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     padding, cu_seqlens = None, None
@@ -442,9 +438,9 @@ def _kept_forward(
 
 def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted attention module: find the cache among its arguments, whatever its name."""
-    converted = module._modules[NAME]
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
-    converted._cache_layer = None if cache is None else adopt(cache, module.layer_idx)  # type: ignore[union-attr, arg-type]
+    layer_idx: Any = getattr(module, "layer_idx", None)
+    module.__dict__[CACHE_ATTRIBUTE] = None if cache is None else adopt(cache, layer_idx)
 
 
 AttentionInterface.register(NAME, attention_forward)

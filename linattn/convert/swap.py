@@ -17,7 +17,7 @@ from linattn.convert.families import (
     converted_model_class,
     register_model_type,
 )
-from linattn.convert.hf import KEPT_ATTRIBUTE, NAME, ConvertedAttention, hand_over_cache
+from linattn.convert.hf import CACHE_ATTRIBUTE, KEPT_ATTRIBUTE, NAME, ConvertedAttention, hand_over_cache
 from linattn.convert.plan import ConversionPlan, LayerPlan, MapSpec, plan_model
 from linattn.convert.seam import find_attention
 from linattn.errors import CheckpointError, ConversionError, OptionError
@@ -118,6 +118,7 @@ def revert_model(model: Model) -> Model:
     implementation = {}
     for module in model.modules():
         kept = module.__dict__.pop(KEPT_ATTRIBUTE, None)
+        module.__dict__.pop(CACHE_ATTRIBUTE, None)
         if kept is None:
             continue
         implementation[id(module.config)] = (module.config, kept)

@@ -216,17 +216,23 @@ def test_a_converted_model_can_be_copied_and_pickled(make_llama, tokens):
     assert torch.equal(model(tokens).logits, want)
 
 
-def test_lora_trains_and_merges(make_llama, tokens):
+@pytest.mark.parametrize("saved", ["feature_map", "linattn"])
+def test_lora_trains_and_merges(make_llama, tokens, saved):
     peft = pytest.importorskip("peft", reason="needs the package peft")
     model = convert_model(make_llama(), **FAR)
-    config = peft.LoraConfig(
-        target_modules=["q_proj", "v_proj"], modules_to_save=["feature_map"], init_lora_weights=False
-    )
+    converted = model(tokens).logits
+    idle = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=[saved])
+    wrapped = peft.get_peft_model(copy.deepcopy(model), idle).eval()
+    assert torch.equal(wrapped(tokens).logits, converted), "an adapter that adds nothing changes nothing"
+    cached = wrapped.generate(tokens, max_new_tokens=8, do_sample=False)
+    assert torch.equal(cached, wrapped.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=False))
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=[saved], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
     adapted(tokens, labels=tokens).loss.backward()
     trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
     assert any("lora_A" in name for name in trained)
-    assert any("feature_map.modules_to_save" in name for name in trained)
+    assert any(f"{saved}.modules_to_save" in name for name in trained)
+    assert saved == "feature_map" or any("far_bias" in name for name in trained)
     adapted.eval()
     want = adapted(tokens).logits
     merged = adapted.merge_and_unload()
