@@ -18,6 +18,14 @@ SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 64.0, 8192.0
 """Half-lives in tokens between which the decays of a layer's key/value heads start, log-spaced."""
 
 
+def starting_log_half_lives(heads: int) -> Tensor:
+    """``[heads]`` float64: logs of the half-lives at which decays start; one head alone takes the middle."""
+    shortest, longest = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
+    if heads == 1:
+        shortest = longest = (shortest + longest) / 2
+    return torch.linspace(shortest, longest, heads, dtype=torch.float64)
+
+
 class KernelAttention(nn.Module):
     """Multi-head attention with a memory of fixed size: exact near, through feature maps far.
 
@@ -223,10 +231,7 @@ class KernelAttention(nn.Module):
                 norm.reset_parameters()
         if self.far_bias is not None:
             nn.init.zeros_(self.far_bias)
-        shortest, longest = math.log(SHORTEST_HALF_LIFE), math.log(LONGEST_HALF_LIFE)
-        log_half_life = torch.linspace(shortest, longest, self.num_kv_heads, dtype=torch.float64)
-        if self.num_kv_heads == 1:
-            log_half_life.fill_((shortest + longest) / 2)
+        log_half_life = starting_log_half_lives(self.num_kv_heads)
         if self.log_half_life is not None:
             self.log_half_life.copy_(log_half_life)
         if self.decay_proj is not None and self.decay_bias is not None:
