@@ -20,8 +20,9 @@ PACKAGE = Path(linattn.__file__).parent
 
 GROUND = {"errors", "state"}
 TENSORS = GROUND | {"kernels", "feature_maps"}
-MODELS = TENSORS | {"_version", "attention", "convert"}
+MODELS = TENSORS | {"_modes", "_version", "attention", "convert"}
 MAY_IMPORT = {
+    "_modes": set(),
     "_version": set(),
     "errors": set(),
     "state": {"errors"},

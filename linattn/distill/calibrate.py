@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from linattn._modes import evaluating
 from linattn.convert import ConvertedAttention
-from linattn.errors import ConversionError, NonFiniteError, OptionError
+from linattn.errors import ConversionError, DtypeError, NonFiniteError, OptionError, ShapeError
 from linattn.kernels import kernel_attention
 
 
@@ -40,20 +42,73 @@ def calibrate(
 
     Each layer sees the teacher's inputs: what it returns to the rest of the model is exact attention, computed by the
     same operator with a window over everything, so the layers train in parallel and no teacher model is kept. Nothing
-    but the parameters under ``<attention>.linattn`` changes. The first batch sets every head's far bias in closed form,
-    so that the far branch starts with the mass softmax gives it; Adam with a cosine schedule does the rest.
+    but the parameters and buffers under ``<attention>.linattn`` changes; decoding states made before do not fit after.
+
+    The first batch prepares every layer. A feature map that can adapt to data does (``fit(q, k)`` of ``favor++``,
+    ``favor#`` and ``nystrom``), on the queries and keys that the far branch will see. Then every head's far bias is set
+    in closed form, so that the far branch starts with the mass that softmax gives it: to the mean, over the queries of
+    the first sequence, of log(softmax's far mass) − log(the map's far mass). Queries to which the map gives no mass, or
+    where it is not positive a negative one, have no part in that mean. Adam with a cosine schedule does the rest.
 
     Args:
         model: a converted causal model.
-        batches: one ``[B, T]`` int64 batch of token ids a step; T should exceed window + sinks several times.
-        learning_rate: of Adam, at the start.
+        batches: one ``[B, T]`` int64 batch of token ids a step, without padding; T should exceed window + sinks
+            several times. Each is read in one piece; the first one's T² numbers per head must fit in memory.
+        learning_rate: of Adam, at the start. 0 only prepares.
         progress: called after each step with (steps done, loss).
 
     Raises:
-        ConversionError: the model has no converted layer, or bidirectional ones.
-        OptionError: ``batches`` is empty, or its sequences fit in the window, where there is nothing to learn.
+        ConversionError: the model has no converted layer, or bidirectional ones, or is in ``window_only``.
+        OptionError: ``batches`` is empty, or its sequences fit in the window, where there is nothing to learn;
+            ``learning_rate`` is negative or not finite.
+        ShapeError, DtypeError: a batch is no ``[B, T]`` tensor of token ids.
         NonFiniteError: no step gave finite gradients.
     """
+    layers = _layers(model)
+    steps = _checked(batches, nearest=max(module.window + module.sinks for module in layers.values()))
+    if not 0 <= learning_rate < math.inf:
+        raise OptionError(f"learning_rate: got {learning_rate!r}, expected a number ≥ 0.")
+    trained = [p for module in layers.values() for p in module.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    losses: list[float] = []
+    errors: dict[str, float] = {}
+    skipped = 0
+
+    def prepare(name: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        _prepare(module, q, k, options["softcap"])
+        return _softmax(module, q, k, v, options)
+
+    def learn(name: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        target = _softmax(module, q, k, v, options)
+        with torch.enable_grad():
+            error = ConvertedAttention.forward(module, q, k, v, **options).float() - target.float()
+            loss = error.square().mean() / target.float().square().mean().clamp_min(1e-12)
+        loss.backward()  # at once, to free the layer's activations
+        errors[name] = loss.item()
+        return target
+
+    with torch.no_grad(), evaluating(model), _trainable(trained):
+        with _answered(layers, prepare):
+            model(steps[0].to(trained[0].device), use_cache=False)
+        for done, batch in enumerate(steps):
+            optimizer.zero_grad()
+            with _answered(layers, learn):
+                model(batch.to(trained[0].device), use_cache=False)
+            losses.append(sum(errors.values()) / len(errors))
+            if math.isfinite(nn.utils.clip_grad_norm_(trained, 1.0)):
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * done / len(steps))) / 2
+                optimizer.step()
+            else:
+                skipped += 1
+            if progress is not None:
+                progress(done + 1, losses[-1])
+    if skipped == len(steps):
+        raise NonFiniteError(f"batches: none of {skipped} steps gave finite gradients; lower learning_rate.")
+    return Calibration(losses, errors, skipped)
+
+
+def _layers(model: nn.Module) -> dict[str, ConvertedAttention]:
+    """The converted attention modules by the path of the module they serve."""
     layers = {
         name.rpartition(".")[0]: module
         for name, module in model.named_modules()
@@ -63,145 +118,111 @@ def calibrate(
         raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")
     if any(not module.causal for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has bidirectional converted layers; calibration is causal.")
-    trained = [p for module in layers.values() for p in module.parameters()]
+    if any(not module.far for module in layers.values()):
+        raise ConversionError(f"{type(model).__name__} has no far branch to calibrate; leave window_only first.")
+    return layers
+
+
+def _checked(batches: Iterable[Tensor], *, nearest: int) -> list[Tensor]:
     steps = list(batches)
     if not steps:
         raise OptionError("batches: got none, expected at least one [B, T] batch of token ids.")
-    shortest, nearest = min(b.shape[1] for b in steps), max(m.window + m.sinks for m in layers.values())
-    if shortest <= nearest:
-        raise OptionError(
-            f"batches: sequences of {shortest} tokens fit in window + sinks = {nearest}, where the far branch has no "
-            "part; use longer ones."
-        )
-
-    device = trained[0].device
-    optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
-    losses: list[float] = []
-    errors: dict[str, float] = {}
-    skipped = 0
-
-    def learn(name: str, *call: Any) -> Tensor:
-        target, errors[name] = _learn(*call)
-        return target
-
-    with _only_trainable(model, trained):
-        with _hooked(layers, _match_far_mass), torch.no_grad():
-            model(steps[0].to(device), use_cache=False)
-        for done, batch in enumerate(steps):
-            optimizer.zero_grad()
-            errors.clear()
-            with _hooked(layers, learn):
-                model(batch.to(device), use_cache=False)
-            losses.append(sum(errors.values()) / len(errors))
-            norm = nn.utils.clip_grad_norm_(trained, 1.0)
-            if math.isfinite(norm):
-                optimizer.step()
-            else:
-                skipped += 1
-            schedule.step()
-            if progress is not None:
-                progress(done + 1, losses[-1])
-    if skipped == len(steps):
-        raise NonFiniteError(f"batches: none of {skipped} steps gave finite gradients; lower learning_rate.")
-    return Calibration(losses, errors, skipped)
+    for batch in steps:
+        if not isinstance(batch, Tensor) or batch.is_floating_point():
+            got = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
+            raise DtypeError(f"batches: got {got}, expected int64 tensors of token ids.")
+        if batch.ndim != 2 or not batch.shape[0]:
+            raise ShapeError(f"batches: got shape {tuple(batch.shape)}, expected [B, T] with B ≥ 1.")
+        if batch.shape[1] <= nearest:
+            raise OptionError(
+                f"batches: sequences of {batch.shape[1]} tokens fit in window + sinks = {nearest}, where the far "
+                "branch has no part; use longer ones."
+            )
+    return steps
 
 
 @contextlib.contextmanager
-def _only_trainable(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for ``trained`` alone; as it was afterwards."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
-    wanted = {id(p) for p in trained}
+def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients for ``parameters``; afterwards they require one if they did before, and hold none."""
+    before = [p.requires_grad for p in parameters]
     try:
-        for p, _ in before:
-            p.requires_grad_(id(p) in wanted)
-        model.eval()
+        for p in parameters:
+            p.requires_grad_(True)
         yield
     finally:
-        for p, value in before:
+        for p, value in zip(parameters, before, strict=True):
             p.requires_grad_(value)
             p.grad = None
-        model.train(training)
 
 
 @contextlib.contextmanager
-def _hooked(layers: dict[str, ConvertedAttention], hook: Callable[..., Tensor]) -> Iterator[None]:
-    """Run ``hook(name, module, inputs, options, output)`` in place of each layer's output."""
-    handles = []
+def _answered(layers: dict[str, ConvertedAttention], answer: Callable[..., Tensor]) -> Iterator[None]:
+    """Call ``answer(name, module, …)`` in place of each layer's ``forward(…)``."""
+    before = [module.__dict__.get("forward") for module in layers.values()]
     try:
         for name, module in layers.items():
-
-            def call(
-                module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any], output: Tensor, name: str = name
-            ) -> Tensor:
-                return hook(name, module, inputs, options, output)
-
-            handles.append(module.register_forward_hook(call, with_kwargs=True))
+            module.__dict__["forward"] = functools.partial(answer, name, module)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, forward in zip(layers.values(), before, strict=True):
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
 
 
-@torch.no_grad()
-def _softmax(module: ConvertedAttention, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
-    """The softmax attention the layer stands for: the same operator with everything in the window."""
-    q, k, v = inputs
+def _softmax(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """The softmax attention the layer stands for: the same operator with all that softmax saw in the window."""
     return kernel_attention(
         q,
         k,
         v,
         feature_map=None,
         far=False,
-        window=q.shape[1],
+        window=q.shape[1] if module.native_window is None else module.native_window,
         scale=module.feature_map.scale,
         softcap=options["softcap"],
         sink_logits=options["sink_logits"],
-        causal=module.causal,
-        mask=options["mask"],
-        cu_seqlens=options["cu_seqlens"],
     ).out
 
 
-def _learn(
-    module: ConvertedAttention, inputs: tuple[Tensor, ...], options: dict[str, Any], output: Tensor
-) -> tuple[Tensor, float]:
-    """The teacher's output, to pass on, and the layer's error, back-propagated at once to free its activations."""
-    target = _softmax(module, inputs, options)
-    loss = (output.float() - target.float()).square().mean() / target.float().square().mean().clamp_min(1e-12)
-    loss.backward()
-    return target, loss.item()
+def _prepare(module: ConvertedAttention, q: Tensor, k: Tensor, softcap: float | None) -> None:
+    """Fit the feature map if it can be, then the far bias."""
+    fit = getattr(module.feature_map, "fit", None)
+    if fit is not None:
+        fit(q[:, module.window + module.sinks :], k[:, module.sinks : k.shape[1] - module.window])
+    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], softcap))
 
 
-@torch.no_grad()
-def _match_far_mass(
-    name: str, module: ConvertedAttention, inputs: tuple[Tensor, ...], options: dict[str, Any], output: Tensor
-) -> Tensor:
-    """Set each head's far bias to the mean of log(softmax's far mass) − log(the map's far mass), over the queries."""
-    q, k, _ = (t[:1].float() for t in inputs)
-    length, groups = q.shape[1], q.shape[2] // k.shape[2]
+def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
+    """``[H]`` mean over queries of log(softmax's far mass) − log(the map's far mass); 0 where no query has both."""
+    phi, length, groups = module.feature_map, q.shape[1], q.shape[2] // k.shape[2]
     at = torch.arange(length, device=q.device)
-    gap = at[:, None] - at
-    far = (gap.abs() >= module.window) & (at >= module.sinks)
-    if module.causal:
-        far &= gap >= 0
-    rows = far.any(1)
-    features_q, log_q = module.feature_map.forward_queries(q, *([at[None]] if module.feature_map.positional else []))
-    features_k, log_k = module.feature_map.forward_keys(k, *([at[None]] if module.feature_map.positional else []))
+    positions = (at[None],) if phi.positional else ()
+    features_q, log_q = phi.forward_queries(q, *positions)
+    features_k, log_k = phi.forward_keys(k, *positions)
+    log_q = q.new_zeros(q.shape[:3], dtype=torch.float32) if log_q is None else log_q
+    log_k = k.new_zeros(k.shape[:3], dtype=torch.float32) if log_k is None else log_k
     gates = module.log_gates(k)
+    if gates is not None:
+        clock = gates.expand(1, length, -1).cumsum(1)
+        log_q, log_k = log_q + clock.repeat_interleave(groups, 2), log_k - clock
+
+    rows = slice(module.window + module.sinks, None)  # the queries that see anything far
+    gap = at[rows, None] - at
+    far = (gap >= module.window) & (at >= module.sinks)
+    within = far if module.native_window is None else far & (gap < module.native_window)
+    bias = q.new_zeros(q.shape[2], dtype=torch.float32)
     for head in range(q.shape[2]):
         kv = head // groups
-        exact = (q[0, :, head] @ k[0, :, kv].T) * module.feature_map.scale
-        if options["softcap"] is not None:
-            exact = options["softcap"] * torch.tanh(exact / options["softcap"])
-        kernel = features_q[0, :, head].float() @ features_k[0, :, kv].float().T
-        log_kernel = kernel.clamp_min(1e-30).log()
-        if log_q is not None and log_k is not None:
-            log_kernel = log_kernel + log_q[0, :, head, None] + log_k[0, None, :, kv]
-        if gates is not None:
-            clock = (gates.expand(length, -1) if gates.ndim == 1 else gates[0])[:, kv].cumsum(0)
-            log_kernel = log_kernel + clock[:, None] - clock
-        wanted, got = (x.masked_fill(~far, -torch.inf)[rows].logsumexp(1) for x in (exact, log_kernel))
-        module.far_bias[head] = (wanted - got).mean()
-    return _softmax(module, inputs, options)
+        exact = q[0, rows, head].float() @ k[0, :, kv].float().T * phi.scale
+        if softcap is not None:
+            exact = softcap * torch.tanh(exact / softcap)
+        wanted = exact.masked_fill(~within, -torch.inf).logsumexp(1)
+        kernel = features_q[0, rows, head].float() @ features_k[0, :, kv].float().T
+        log_scale = (log_q[0, rows, head, None] + log_k[0, :, kv]).masked_fill(~far, -torch.inf)
+        top = log_scale.amax(1, keepdim=True)
+        mass = ((log_scale - top).exp() * kernel).sum(1)
+        both = (mass > 0) & wanted.isfinite()
+        if bool(both.any()):
+            bias[head] = (wanted - mass.log() - top[:, 0])[both].mean()
+    return bias
