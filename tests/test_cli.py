@@ -117,7 +117,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
 
 def test_map_options_reach_the_map(saved: Path) -> None:
     plan = json.loads(cli("plan", saved, "--feature-map", "favor+", "--map-option", "num_features=12", "--json").stdout)
-    assert plan["layers"][0]["feature_map_options"] == {"num_features": 12}
+    assert plan["layers"][0]["feature_map_options"] == {"num_features": 12, "seed": 0}
     assert (
         "num_featurs" in cli("plan", saved, "--feature-map", "favor+", "--map-option", "num_featurs=1", code=1).stderr
     )

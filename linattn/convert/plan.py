@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from linattn.errors import CheckpointError, ConversionError, LinattnError, OptionError
 from linattn.feature_maps import FeatureMap, SequenceMap, get, make
+from linattn.feature_maps.registry import option_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,7 +184,8 @@ def plan_model(
             with each layer's plan once, to learn the name and options of the map it returns.
         window: tokens attended exactly. sinks: first tokens attended exactly by all.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
-        feature_map_options: options of the feature map.
+        feature_map_options: options of the feature map. A map that takes a ``seed`` and is given none gets the layer's
+            index, so that every layer draws its own.
         layers: indices of the attention layers to convert; default all that can be.
         keep_softmax: indices of the attention layers to leave softmax.
         native_sliding: ``"keep"`` leaves layers with a sliding window of their own as they are; ``"convert"``
@@ -263,6 +265,8 @@ def _fill(
     if layer.native_window is not None:
         layer.window = min(window, layer.native_window)
         layer.notes.append(f"its own sliding window of {layer.native_window} gives way to the far branch")
+    if "seed" in option_names(get(layer.feature_map)):
+        layer.feature_map_options.setdefault("seed", layer.index)  # layers that draw alike would err alike
     if issubclass(get(layer.feature_map), SequenceMap):
         layer.window = layer.sinks = 0
         layer.notes.append(f"{layer.feature_map} replaces the attention as a whole: no window, no sinks")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from linattn import ConversionPlan, convert_model, plan_model
 from linattn.errors import CheckpointError, ConversionError, FeatureMapError, OptionError, UnsupportedError
-from linattn.feature_maps import ELU, Hedgehog
+from linattn.feature_maps import ELU, FavorPlus, Hedgehog
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -95,6 +95,35 @@ def test_maps_come_by_name_class_or_factory(make_llama):
         plan_model(model, feature_map=ELU(8, num_heads=4, num_kv_heads=2))
 
 
+@pytest.mark.parametrize("name", ["favor+", "nystrom"])
+def test_every_layer_draws_its_own_random_features_and_the_same_ones_again(make_llama, name):
+    def drawn(**options):
+        model = convert_model(make_llama(), feature_map=name, **options)
+        return [layer.self_attn.linattn.feature_map.state_dict() for layer in model.model.layers]
+
+    def same(one, other):
+        return all(torch.equal(one[key], other[key]) for key in ("omega", "landmarks") if key in one)
+
+    layers, again, seeded = drawn(), drawn(), drawn(feature_map_options={"seed": 1})
+    assert not any(same(layers[i], layers[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert all(map(same, layers, again))
+    assert all(same(layer, layers[1]) for layer in seeded)
+
+
+def test_the_plan_shows_the_seeds(make_llama):
+    def seeds(**options):
+        return [x.feature_map_options.get("seed") for x in plan_model(make_llama(), **options).layers]
+
+    assert seeds(feature_map="favor+") == [0, 1, 2]
+    assert seeds(feature_map="favor+", feature_map_options={"seed": 5}) == [5, 5, 5]
+    assert seeds(feature_map="hedgehog") == [None] * 3  # takes none
+
+    def factory(layer):
+        return FavorPlus(layer.head_dim, num_heads=layer.heads, num_kv_heads=layer.kv_heads, seed=7 + layer.index)
+
+    assert seeds(feature_map=factory) == [7, 8, 9]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
@@ -115,67 +144,6 @@ def test_maps_come_by_name_class_or_factory(make_llama):
 def test_bad_options_name_themselves(options, error, says, make_llama):
     with pytest.raises(error, match=says):
         plan_model(make_llama(), **options)
-
-
-REFUSED = [
-    ("Falcon", SMALL, "computes its own softmax"),
-    ("Bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "computes its own softmax"),
-    ("Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, "computes its own softmax"),
-    ("GPTJ", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "computes its own softmax"),
-    ("DebertaV2", SMALL | {"intermediate_size": 48}, "computes its own softmax"),
-    (
-        "T5",
-        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "d_ff": 48},
-        "encoder-decoder",
-    ),
-    ("Mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "linear already"),
-    ("Rwkv", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, "linear already"),
-    (
-        "DeepseekV3",
-        SMALL
-        | {"intermediate_size": 48, "moe_intermediate_size": 16, "num_key_value_heads": 4, "n_routed_experts": 4}
-        | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 2, "v_head_dim": 8}
-        | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-        "latent attention",
-    ),
-    (
-        "Mistral",
-        SMALL | {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8},
-        "native_sliding='convert'",
-    ),
-    ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "no attention layer"),
-]
-
-
-@pytest.mark.parametrize(("name", "sizes", "says"), REFUSED, ids=[name for name, *_ in REFUSED])
-def test_what_cannot_be_converted_is_refused_untouched(name, sizes, says):
-    model = build(name, **sizes)
-    kind, names = type(model), [n for n, _ in model.named_parameters()]
-    with pytest.raises(ConversionError, match=says):
-        convert_model(model)
-    assert type(model) is kind
-    assert [n for n, _ in model.named_parameters()] == names
-
-
-def test_what_is_no_transformers_model_is_refused():
-    with pytest.raises(ConversionError, match="PreTrainedModel"):
-        plan_model(nn.Linear(2, 2))
-
-
-def test_unsupported_layers_can_be_left_as_they_are():
-    sizes = SMALL | {"intermediate_size": 48, "is_decoder": True, "add_cross_attention": True}
-    model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes))
-    with pytest.raises(ConversionError, match="cross attention") as refusal:
-        plan_model(model)
-    assert "bert.encoder.layer.0.crossattention.self" in str(refusal.value)
-    assert "BertCrossAttention" in str(refusal.value)
-    assert "on_unsupported='keep'" in str(refusal.value)
-    plan = plan_model(model, on_unsupported="keep")
-    assert [layer.attention for layer in plan.converted] == ["BertSelfAttention"] * 2
-    assert [layer.attention for layer in plan.kept] == ["BertCrossAttention"] * 2
-    plan.layers[1].kind = "convert"
-    with pytest.raises(ConversionError, match="cannot be converted"):
-        convert_model(model, plan=plan)
 
 
 def test_native_windows_are_kept_unless_asked():
