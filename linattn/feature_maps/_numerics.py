@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from linattn.feature_maps.base import Features
+from linattn.kernels.precision import autocast
 
 
 def widen(x: Tensor) -> Tensor:
@@ -18,8 +19,7 @@ def widen(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off on the device of ``x`` if it is on, and leaves no trace in a graph if it is not."""
-    device = "cpu" if x.is_meta else x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return autocast(x, None)
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from linattn.errors import ShapeError
 from linattn.kernels.dispatch import dispatch
 from linattn.kernels.protocols import GivenFeatures, KernelFeatureMap
-from linattn.kernels.validate import accumulation_dtype, resolve
+from linattn.kernels.validate import accumulation_dtype, check_qkv, resolve
 from linattn.state import AttentionState
 
 
@@ -60,7 +60,8 @@ def kernel_attention(
         out_t = Σ_i w_ti v_i / Σ_i w_ti,   w_ti = exp(scale · q_t·k_i)                        for i in near(t)
                                            w_ti = exp(far_bias + G_t − G_i) φ_q(q_t)·φ_k(k_i)  for i in far(t)
 
-    with G the running sum of ``decay``. One normaliser for both, computed in log space.
+    with G the running sum of ``decay``. One normaliser for both, computed in log space, in float32 also under autocast
+    (which the feature map itself runs under, and which settles the dtype where q, k and v differ).
 
     Args:
         q: ``[B, T, H, D]``. k: ``[B, Tk, Hkv, D]``. v: ``[B, Tk, Hkv, V]``. H a multiple of Hkv. Tk = T unless cross
@@ -71,7 +72,7 @@ def kernel_attention(
         sinks: first tokens of each sequence attended exactly by all.
         far: False deletes the far branch: sliding-window attention with sinks.
         decay: log-gates ≤ 0: ``[Hkv]`` (the same for every token) or ``[B, T, Hkv]``. Causal only. Token i's weight at
-            t is multiplied by exp(Σ_{i<j≤t} decay_j), in the far branch.
+            t is multiplied by exp(Σ_{i<j≤t} decay_j), in the far branch. −∞ forgets everything.
         far_bias: ``[H]`` the log-weight c of the far branch. Default 0.
         scale: softmax scale. Default the feature map's ``scale``, else D ** -0.5.
         softcap: near logits become softcap · tanh(logit / softcap).
@@ -150,6 +151,7 @@ def linear_attention(
     Returns:
         :class:`AttentionOutput`.
     """
+    phi_q, phi_k, v = check_qkv(phi_q, phi_k, v, ("phi_q", "phi_k", "v"), "F")
     if log_scale_q is not None and log_scale_q.shape != phi_q.shape[:3]:
         raise ShapeError(f"log_scale_q: got {tuple(log_scale_q.shape)}, expected {tuple(phi_q.shape[:3])}.")
     if log_scale_k is not None and log_scale_k.shape != phi_k.shape[:3]:

@@ -8,14 +8,15 @@ earlier chunk. The memories of all chunks come from one prefix sum, so there is 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from linattn.kernels import layout as layouts
+from linattn.kernels.features import features_of
 from linattn.kernels.layout import Layout
-from linattn.kernels.precision import widen
 from linattn.kernels.read import Exact, Far, Queries, Summed, read
 from linattn.kernels.scan import Memory, prefix, summarise
 from linattn.kernels.validate import Call
@@ -31,14 +32,20 @@ STEP_TOKENS = 16
 def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
     """Attention of a checked call."""
     batch, length, heads, _ = call.q.shape
-    if call.state is not None and call.causal and call.cu_seqlens is None and length <= STEP_TOKENS:
-        if length == 0:
-            return call.v.new_zeros(batch, 0, heads, call.v.shape[3]), call.state if call.return_state else None
-        if call.mask is None or (length == 1 and call.lookback >= call.state.lookback):
-            return _attend_step(call)
     if batch == 0 or length == 0 or call.k.shape[1] == 0:
         empty = call.v.new_zeros(batch, length, heads, call.v.shape[3])
-        return empty, (call.state if call.state is not None else empty_state(call)) if call.return_state else None
+        if not call.return_state:
+            return empty, None
+        if call.state is None:
+            return empty, empty_state(call)
+        if call.lookback >= call.state.lookback:
+            return empty, call.state.with_lookback(call.lookback)
+        return _attend_chunks(call)  # the ring shrinks: its oldest tokens are folded
+    if call.state is not None and call.causal and call.cu_seqlens is None and length <= STEP_TOKENS:
+        if call.mask is None:
+            return _attend_step(call)
+        if length == 1 and call.lookback >= call.state.lookback:
+            return _attend_masked_step(call, call.mask[:, 0], call.state)
     if not call.causal and call.window == 0 and call.cu_seqlens is None:
         return _attend_all(call), None
     segment = _segment(call)
@@ -77,7 +84,6 @@ def _attend_segments(call: Call, segment: int) -> tuple[Tensor, AttentionState |
             mask=cut(call.mask),
             state=state,
             return_state=call.return_state or not last,
-            lookback=call.lookback if last else 0,
         )
         out, state = attend(part)
         outs.append(out)
@@ -105,27 +111,22 @@ def empty_state(call: Call) -> AttentionState:
 # ------------------------------------------------------------------------------------------------------- features
 
 
-def query_features(call: Call, q: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def query_features(call: Call, q: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Features ``[B, T, H, F]`` and log-scale with the far bias ``[B, T, H]`` in the accumulation dtype."""
     if call.feature_map is None:
         return None, None
-    map_ = call.feature_map
-    values, log_scale = map_.forward_queries(q, positions) if map_.positional else map_.forward_queries(q)
-    if log_scale is not None:
-        log_scale = log_scale.to(call.sums)
+    values, log_scale = features_of(call, "queries", q, positions)
     if call.far_bias is not None:
         bias = call.far_bias.to(call.sums)
         log_scale = bias.expand(values.shape[:-1]) if log_scale is None else log_scale + bias
-    return widen(values, call.sums), log_scale
+    return values, log_scale
 
 
-def key_features(call: Call, k: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def key_features(call: Call, k: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Features ``[B, T, Hkv, F]`` and log-scale ``[B, T, Hkv]`` in the accumulation dtype."""
     if call.feature_map is None:
         return None, None
-    map_ = call.feature_map
-    values, log_scale = map_.forward_keys(k, positions) if map_.positional else map_.forward_keys(k)
-    return widen(values, call.sums), None if log_scale is None else log_scale.to(call.sums)
+    return features_of(call, "keys", k, positions)
 
 
 def _queries(call: Call, q: Tensor, features: Tensor | None, log_scale: Tensor | None, c: int) -> Queries:
@@ -198,7 +199,7 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     phi_q, log_q = query_features(call, q_far, positions)
     phi_k, log_k = key_features(call, k_far, positions)
 
-    reach = -(-(w - 1) // c) if w > 1 else 0
+    reach = min(-(-(w - 1) // c), lay.chunks - 1) if w > 1 else 0
     after = 0 if call.causal else reach
     queries = _queries(call, q, phi_q, log_q, c)
     key_blocks, value_blocks = _chunks(k.to(sums), c), _chunks(v.to(sums), c)
@@ -525,7 +526,7 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
         k_far = torch.cat([state.recent_far_k.to(call.k_far.dtype), call.k_far], 1)
     decay = clock = None
     if call.decay is not None and state.recent_decay is not None:
-        decay = torch.cat([state.recent_decay, call.decay], 1)
+        decay = torch.cat([state.recent_decay.to(sums), call.decay], 1)
         clock = _clock(decay)  # [N, h, W + T]
 
     at = state.length[:, None] + torch.arange(length, device=device)  # [N, T]
@@ -591,8 +592,6 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
 
     out = read(queries, exact, far, summed, scale=call.scale, softcap=call.softcap, sink_logits=_sink_logits(call))
     out = _merge_heads(out, call.v.dtype)
-    if call.mask is not None:
-        out = torch.where(call.mask[..., None, None], out, 0)
     if not call.return_state:
         return out, None
 
@@ -601,7 +600,7 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
             return x[:, x.shape[1] - call.ring :]
         return F.pad(x, [0, 0] * (x.ndim - 2) + [call.ring - x.shape[1], 0])
 
-    after = AttentionState(
+    return out, AttentionState(
         kv=memory.kv,
         k=memory.k,
         log_scale=memory.log_scale.clamp_min(EMPTY_LOG_SCALE),
@@ -615,11 +614,22 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
         recent_decay=None if decay is None else newest(decay),
         window=call.window,
     )
-    if call.mask is not None:
-        arrived, before_ = call.mask[:, 0], state.with_lookback(call.lookback).tensors()
-        rows = {
-            name: torch.where(arrived.view(-1, *[1] * (t.ndim - 1)), t, before_[name].to(t.dtype))
-            for name, t in after.tensors().items()
-        }
-        after = AttentionState(**rows, window=call.window)
-    return out, after
+
+
+def _attend_masked_step(call: Call, arrived: Tensor, before: AttentionState) -> tuple[Tensor, AttentionState | None]:
+    """One new token for the rows that have ``arrived [N]``; the others answer zero and keep their state."""
+
+    def per_row(x: Tensor) -> Tensor:
+        return arrived.view(-1, *[1] * (x.ndim - 1))
+
+    def wipe(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.masked_fill(~per_row(x), 0)
+
+    inputs: dict[str, Any] = {name: wipe(getattr(call, name)) for name in ("q", "k", "v", "q_far", "k_far", "decay")}
+    out, after = _attend_step(dataclasses.replace(call, **inputs, mask=None))
+    out = torch.where(per_row(out), out, 0)
+    if after is None:
+        return out, None
+    kept = before.with_lookback(call.lookback).tensors()
+    rows = {name: torch.where(per_row(t), t, kept[name].to(t.dtype)) for name, t in after.tensors().items()}
+    return out, AttentionState(**rows, window=call.window)

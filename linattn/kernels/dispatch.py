@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linattn.errors import FeatureMapError, OptionError
 from linattn.kernels import chunked, reference
+from linattn.kernels.precision import autocast
 from linattn.kernels.validate import Call
 from linattn.state import AttentionState
 
@@ -28,15 +29,16 @@ def choose(call: Call) -> str:
 
 def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
     """Run a call on the implementation asked for; an explicit choice is never replaced by another."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise OptionError(f"impl: got {impl!r}, expected 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
     attend = getattr(call.feature_map, "attend", None)
     if attend is not None:
         return _attend_whole_sequence(call, attend), None
     if impl == "auto":
         impl = choose(call)
         _announce(impl)
-    if impl not in IMPLEMENTATIONS:
-        raise OptionError(f"impl: got {impl!r}, expected 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}.")
-    return IMPLEMENTATIONS[impl](call)
+    with autocast(call.q, None):  # sums and normalisers are float32 whatever the caller computes in
+        return IMPLEMENTATIONS[impl](call)
 
 
 def _announce(impl: str) -> None:

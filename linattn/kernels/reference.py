@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from linattn.kernels.precision import widen
+from linattn.kernels.features import features_of
 from linattn.kernels.read import safe_denominator
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
@@ -79,14 +79,12 @@ def _empty_state(call: Call, n: int) -> AttentionState:
     )
 
 
-def _features(call: Call, kind: str, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _features(call: Call, kind: Literal["queries", "keys"], x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Features ``[T, H, F]`` and log-scales ``[T, H]`` of ``x [T, H, D']`` in the accumulation dtype."""
     if call.feature_map is None:
         return x.new_zeros(*x.shape[:2], 0, dtype=call.sums), x.new_zeros(x.shape[:2], dtype=call.sums)
-    forward = getattr(call.feature_map, f"forward_{kind}")
-    values, log_scale = forward(x[None], positions[None]) if call.feature_map.positional else forward(x[None])
-    values = widen(values[0], call.sums)
-    return values, values.new_zeros(values.shape[:2]) if log_scale is None else log_scale[0].to(call.sums)
+    values, log_scale = features_of(call, kind, x[None], positions[None])
+    return values[0], values.new_zeros(values.shape[1:3]) if log_scale is None else log_scale[0]
 
 
 def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor) -> tuple[Tensor, AttentionState]:

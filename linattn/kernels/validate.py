@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from linattn.errors import DtypeError, FeatureMapError, NonFiniteError, OptionError, ShapeError, StateError
+from linattn.kernels.precision import autocast_dtype
 from linattn.kernels.protocols import KernelFeatureMap
 from linattn.state import AttentionState
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+STRONGEST_DECAY = -1e4
+"""A log-gate below this counts as this: it forgets everything, and running sums of gates stay finite and exact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Call:
     return_state: bool
     lookback: int
     chunk_size: int | None
+    autocast: torch.dtype | None
+    """The caller's autocast dtype, which the feature map runs under; None while autocast is off."""
 
     @property
     def sums(self) -> torch.dtype:
@@ -92,7 +98,18 @@ def resolve(
     chunk_size: int | None,
 ) -> Call:
     """Check the arguments of :func:`kernel_attention` and settle its defaults."""
-    _check_qkv(q, k, v)
+    q, k, v = check_qkv(q, k, v)
+    optional = {
+        "decay": decay,
+        "far_bias": far_bias,
+        "sink_logits": sink_logits,
+        "q_far": q_far,
+        "k_far": k_far,
+        "mask": mask,
+        "cu_seqlens": cu_seqlens,
+    }
+    for name, t in optional.items():
+        _check_tensor(name, t, q.device)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
 
@@ -109,6 +126,7 @@ def resolve(
             raise OptionError(
                 "feature_map: got None with far=True; pass a feature map, or far=False for a window alone."
             )
+        _check_interface(feature_map)
         if causal and not feature_map.causal:
             raise FeatureMapError(
                 f"feature_map: {type(feature_map).__name__} mixes tokens along the sequence and cannot be causal; "
@@ -122,7 +140,10 @@ def resolve(
             raise OptionError("decay and far_bias shape the far branch; drop them, or set far=True.")
     if feature_map is not None and scale is None:
         scale = feature_map.scale
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    try:
+        scale = head_dim**-0.5 if scale is None else float(scale)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"scale: got {scale!r}, expected a number or None.") from error
 
     if (q_far is None) != (k_far is None):
         raise OptionError("q_far and k_far come together: pass both, or neither to use q and k.")
@@ -131,6 +152,8 @@ def resolve(
             raise OptionError("q_far and k_far feed the far branch; drop them, or set far=True.")
         _check_shape("q_far", q_far, (batch, length, heads, None))
         _check_shape("k_far", k_far, (batch, k.shape[1], kv_heads, q_far.shape[-1]))
+    if feature_map is not None:
+        _check_sizes(feature_map, head_dim if q_far is None else q_far.shape[-1], heads, kv_heads)
     if far_bias is not None:
         _check_shape("far_bias", far_bias, (heads,))
     if sink_logits is not None:
@@ -168,7 +191,7 @@ def resolve(
             _check_shape("decay", decay, (kv_heads,))
             decay = decay.expand(batch, length, kv_heads)
         _check_shape("decay", decay, (batch, length, kv_heads))
-        decay = decay.to(accumulation_dtype(v))
+        decay = decay.to(accumulation_dtype(v)).clamp_min(STRONGEST_DECAY)
 
     if lookback and not (return_state or state is not None):
         raise OptionError(f"lookback={lookback}: is a property of the returned state; pass return_state=True.")
@@ -176,7 +199,7 @@ def resolve(
         far_dim = None if k_far is None else k_far.shape[-1]
         feature_dim = 0 if feature_map is None else feature_map.feature_dim
         _check_state(
-            state, sequences, kv_heads, feature_dim, head_dim, v.shape[-1], window, sinks, far_dim, decay is not None
+            state, q, sequences, kv_heads, feature_dim, head_dim, v.shape[-1], window, sinks, far_dim, decay is not None
         )
 
     return Call(
@@ -200,6 +223,7 @@ def resolve(
         return_state=return_state,
         lookback=lookback,
         chunk_size=chunk_size,
+        autocast=autocast_dtype(q),
     )
 
 
@@ -213,8 +237,14 @@ def check_finite(**tensors: Tensor | None) -> None:
             )
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, t, dims in (("q", q, "[B, T, H, D]"), ("k", k, "[B, T, Hkv, D]"), ("v", v, "[B, T, Hkv, V]")):
+def check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v"), dim: str = "D"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[B, T, H, D]``, keys ``[B, Tk, Hkv, D]`` and values ``[B, Tk, Hkv, V]`` that fit, in one dtype."""
+    name_q, name_k, name_v = names
+    for name, t, dims in zip(
+        names, (q, k, v), (f"[B, T, H, {dim}]", f"[B, T, Hkv, {dim}]", "[B, T, Hkv, V]"), strict=True
+    ):
         if not isinstance(t, Tensor):
             raise DtypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor {dims}.")
         if t.ndim != 4:
@@ -222,20 +252,52 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if t.dtype not in DTYPES:
             raise DtypeError(f"{name}: got {t.dtype}, expected one of float16, bfloat16, float32, float64.")
         if t.device != q.device:
-            raise ShapeError(f"{name}: is on {t.device}, q on {q.device}; move them to one device.")
+            raise ShapeError(f"{name}: is on {t.device}, {name_q} on {q.device}; move them to one device.")
     if not q.dtype == k.dtype == v.dtype:
-        raise DtypeError(f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype; cast them.")
+        # Under autocast, rotary embedding leaves float32 queries and keys beside values of half precision.
+        autocast = autocast_dtype(q)
+        if autocast is None:
+            raise DtypeError(f"{', '.join(names)}: got {q.dtype}, {k.dtype}, {v.dtype}, expected one dtype; cast them.")
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
     if k.shape[:3] != v.shape[:3]:
-        raise ShapeError(f"v: got {tuple(v.shape)}, expected [B, T, Hkv] = {tuple(k.shape[:3])} as in k.")
+        raise ShapeError(f"{name_v}: got {tuple(v.shape)}, expected [B, T, Hkv] = {tuple(k.shape[:3])} as in {name_k}.")
     if q.shape[0] != k.shape[0]:
-        raise ShapeError(f"k: got batch {k.shape[0]}, expected {q.shape[0]} as in q.")
+        raise ShapeError(f"{name_k}: got batch {k.shape[0]}, expected {q.shape[0]} as in {name_q}.")
     if q.shape[3] != k.shape[3]:
-        raise ShapeError(f"k: got head_dim {k.shape[3]}, expected {q.shape[3]} as in q.")
+        raise ShapeError(f"{name_k}: got {dim}={k.shape[3]}, expected {q.shape[3]} as in {name_q}.")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ShapeError(
-            f"k: got {k.shape[2]} heads for {q.shape[2]} query heads; grouped-query attention needs the query heads to "
-            "be a multiple of the key/value heads. Is the layout [B, T, H, D], not [B, H, T, D]?"
+            f"{name_k}: got {k.shape[2]} heads for {q.shape[2]} query heads; grouped-query attention needs the query "
+            "heads to be a multiple of the key/value heads. Is the layout [B, T, H, D], not [B, H, T, D]?"
         )
+    return q, k, v
+
+
+def _check_tensor(name: str, t: object, device: torch.device) -> None:
+    if t is None:
+        return
+    if not isinstance(t, Tensor):
+        raise DtypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor or None.")
+    if t.device != device:
+        raise ShapeError(f"{name}: is on {t.device}, q on {device}; move them to one device.")
+
+
+def _check_interface(feature_map: KernelFeatureMap) -> None:
+    if not hasattr(feature_map, "forward_queries") or not hasattr(feature_map, "forward_keys"):
+        raise FeatureMapError(
+            f"feature_map: got {feature_map!r}, expected an object with forward_queries and forward_keys; "
+            "linattn.feature_maps.make(name, head_dim) builds one from its name."
+        )
+
+
+def _check_sizes(feature_map: KernelFeatureMap, head_dim: int, heads: int, kv_heads: int) -> None:
+    """A map may say which heads it was built for; one built for a single head serves any number."""
+    for size, given in (("head_dim", head_dim), ("num_heads", heads), ("num_kv_heads", kv_heads)):
+        built = getattr(feature_map, size, given)
+        if built != given and (built != 1 or size == "head_dim"):
+            raise FeatureMapError(
+                f"feature_map: {type(feature_map).__name__} was built with {size}={built}, this call has {given}."
+            )
 
 
 def _check_shape(name: str, t: Tensor, expected: tuple[int | None, ...]) -> None:
@@ -263,6 +325,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor 
 
 def _check_state(
     state: AttentionState,
+    q: Tensor,
     sequences: int,
     kv_heads: int,
     feature_dim: int,
@@ -273,6 +336,9 @@ def _check_state(
     far_head_dim: int | None,
     decay: bool,
 ) -> None:
+    if not isinstance(state, AttentionState):
+        raise StateError(f"state: got {type(state).__name__}, expected an AttentionState (the .state of an output).")
+    _check_tensor("state", state.kv, q.device)
     far_k = state.recent_far_k
     found = {
         "sequences": state.batch_size,
