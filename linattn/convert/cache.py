@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from linattn.errors import StateError
+from linattn.errors import StateError, UnsupportedError
 from linattn.state import AttentionState
 
 MAX_LOOKBACK = 512
@@ -39,7 +39,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         self.seen = torch.zeros((), dtype=torch.int64)
         self.record_past = record_past
         self.device: torch.device | None = None
-        self._retractable = 0
+        self._retractable = self._arrived = 0
         self._offloaded = False
 
     @property
@@ -63,6 +63,7 @@ class LinattnCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[-2]
         self.seen = self.seen + tokens
+        self._arrived += tokens
         if self.record_past:
             self._retractable = min(self._retractable + tokens, MAX_LOOKBACK)
         return key_states, value_states
@@ -72,8 +73,19 @@ class LinattnCacheLayer(CacheLayerMixin):
         """Tokens the next state must be able to take back."""
         return self._retractable if self.record_past else 0
 
-    def fetch(self, device: torch.device) -> AttentionState | None:
-        """The state, on ``device``."""
+    def fetch(self, tokens: int, device: torch.device) -> AttentionState | None:
+        """The state before the ``tokens`` that :meth:`update` has just counted, on ``device``.
+
+        Raises:
+            UnsupportedError: the attention module gave its new keys to another layer of the cache, or to none.
+        """
+        arrived, self._arrived = self._arrived, 0
+        if arrived != tokens:
+            raise UnsupportedError(
+                f"A converted layer attends over {tokens} new tokens, of which its cache layer was given {arrived}. "
+                "The model runs the layer several times a step, or caches its keys elsewhere; pass use_cache=False, or "
+                "keep it softmax."
+            )
         return None if self.state is None else self.state.to(device)
 
     def commit(self, state: AttentionState) -> None:
@@ -104,7 +116,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         self.state = None
         self.is_initialized = False
         self.seen = torch.zeros_like(self.seen)
-        self._retractable = 0
+        self._retractable = self._arrived = 0
 
     def activate_past_recording(self) -> None:
         self.record_past = True

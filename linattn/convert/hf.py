@@ -171,7 +171,7 @@ class ConvertedAttention(nn.Module):
             causal=self.causal,
             mask=mask,
             cu_seqlens=cu_seqlens,
-            state=None if cache_layer is None else cache_layer.fetch(q.device),
+            state=None if cache_layer is None else cache_layer.fetch(shape[1], q.device),
             return_state=cache_layer is not None,
             lookback=0 if cache_layer is None else cache_layer.lookback,
         )
@@ -213,7 +213,7 @@ class TokenMask:
         padding: ``[B, T]`` bool over the new tokens, True for real ones; None if all are.
         cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens, or None.
         causal: whether a token sees only itself and earlier ones.
-        exact: whether the three say all there is to say; False under a custom mask pattern.
+        exact: whether the three say all there is to say; False under a custom mask pattern, or for some queries only.
     """
 
     def __init__(
@@ -225,6 +225,13 @@ class TokenMask:
         self.exact = exact
         self._recipe = recipe
         self._built: dict[tuple[str, int], Any] = {}
+        self._part: Any = None
+
+    def __getitem__(self, part: Any) -> TokenMask:
+        """``mask[:, :, rows, :]``, for a model that runs its last layers, kept softmax, on some queries only."""
+        mask = TokenMask(self.padding, self.cu_seqlens, self.causal, False, self._recipe)
+        mask._part = part
+        return mask
 
     def build(self, implementation: str, keys: int) -> Any:
         """The mask that ``implementation`` wants for ``keys`` key positions."""
@@ -232,11 +239,11 @@ class TokenMask:
             recipe = dict(self._recipe)
             if recipe["kv_offset"] == 0:
                 recipe["kv_length"] = keys
-            if keys > recipe["q_offset"] + recipe["q_length"]:
-                # A preallocated cache: slots not yet filled must be masked, whatever the implementation could skip.
+            if keys > recipe["q_offset"] + recipe["q_length"] or self._part is not None:
+                # Unfilled slots of a preallocated cache, or queries left out: no implementation may skip the mask.
                 recipe["allow_is_causal_skip"] = False
-            mask_function = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-            self._built[implementation, keys] = mask_function(**recipe)
+            mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**recipe)
+            self._built[implementation, keys] = mask if mask is None or self._part is None else mask[self._part]
         return self._built[implementation, keys]
 
     def to(self, device: torch.device | str | int, **kwargs: Any) -> TokenMask:
@@ -246,7 +253,9 @@ class TokenMask:
             return t.to(device, **kwargs) if isinstance(t, Tensor) else t
 
         recipe = {name: move(value) for name, value in self._recipe.items()} | {"device": torch.device(device)}
-        return TokenMask(move(self.padding), move(self.cu_seqlens), self.causal, self.exact, recipe)
+        mask = TokenMask(move(self.padding), move(self.cu_seqlens), self.causal, self.exact, recipe)
+        mask._part = self._part
+        return mask
 
 
 def token_mask(
@@ -357,7 +366,7 @@ def attention_forward(
         kwargs: what the family adds: ``softcap``, ``s_aux``, packing boundaries and others.
 
     Returns:
-        ``[B, T, H, V]``, and None for the attention weights, which are never formed.
+        ``[B, T, H, V]``, contiguous as some families expect it, and None for the attention weights, never formed.
     """
     # An adapter library may have wrapped the ConvertedAttention: whatever the child is, the layer is converted.
     converted: Any = module._modules.get(NAME)
@@ -387,7 +396,7 @@ def attention_forward(
         cu_seqlens=cu_seqlens if packing is None else packing,
         cache_layer=cache_layer,
     )
-    return out, None
+    return out.contiguous(), None
 
 
 def _refuse_unsupported(query: Tensor, attention_mask: Any, kwargs: dict[str, Any]) -> None:

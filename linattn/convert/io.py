@@ -41,7 +41,7 @@ def load(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
     }
     try:
         config = AutoConfig.from_pretrained(path, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: no readable model config there: {error}") from error
     if not isinstance(config, families.ConvertedConfig):
         raise CheckpointError(

@@ -22,6 +22,8 @@ _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _LINEAR = re.compile(
     r"mamba|rwkv|deltanet|lightning|linear_?attn|linear_?attention|mixer2?$|rglru|retention", re.IGNORECASE
 )
+_CROSS = re.compile(r"cross_?att|encoder_attn|encdec", re.IGNORECASE)
+_OWN_MASK = re.compile(r"attention_mask\s*=(?!=|\s*(?:encoder_attention_mask|None|attention_mask\s*[,)\n]))")
 _PARTS = re.compile(r"norm|output|embedding|pool|dropout|layer$|block$|rotary|indexer|feedforward|mlp", re.IGNORECASE)
 
 
@@ -68,7 +70,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _describe(index: int, path: str, module: nn.Module, model_config: Any) -> LayerPlan:
     layer = LayerPlan(index, path, type(module).__name__, kind="keep")
     config = getattr(module, "config", model_config)
-    layer.reason = _obstacle(module, config, model_config)
+    layer.reason = _obstacle(path, module, config, model_config)
     if layer.reason:
         layer.supported = False
         return layer
@@ -88,7 +90,7 @@ def _describe(index: int, path: str, module: nn.Module, model_config: Any) -> La
     return layer
 
 
-def _obstacle(module: nn.Module, config: Any, model_config: Any) -> str:
+def _obstacle(path: str, module: nn.Module, config: Any, model_config: Any) -> str:
     """Why a layer cannot be converted, and what to do instead; empty if it can."""
     name = type(module).__name__
     if _LINEAR.search(name) and not goes_through_interface(module):
@@ -102,7 +104,11 @@ def _obstacle(module: nn.Module, config: Any, model_config: Any) -> str:
         return (
             "belongs to an encoder-decoder, whose cross attention has no causal memory; convert an encoder or a decoder"
         )
-    if getattr(module, "is_cross_attention", False) or "CrossAttention" in name:
+    if (
+        getattr(module, "is_cross_attention", False)
+        or "CrossAttention" in name
+        or _CROSS.search(path.rpartition(".")[2])
+    ):
         return "is cross attention: its keys come from another sequence; keep it softmax"
     if any(hasattr(module, part) for part in ("kv_b_proj", "kv_a_proj_with_mqa", "kv_lora_rank")):
         return "is latent attention (MLA), which caches a compressed key already; keep it softmax"
@@ -114,7 +120,19 @@ def _obstacle(module: nn.Module, config: Any, model_config: Any) -> str:
         return "attends sparsely by an indexer; keep it softmax"
     if _layer_type(module, config) == "chunked_attention":
         return "attends within fixed chunks; keep it softmax"
+    if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
+        return "shares all its keys and values with other layers; keep it softmax"
+    if _OWN_MASK.search(_source(module)):
+        return "makes a mask of its own, one value per pair of tokens; keep it softmax"
     return ""
+
+
+def _source(module: nn.Module) -> str:
+    """Source of the module's ``forward``; empty where there is none to read."""
+    try:
+        return inspect.getsource(inspect.unwrap(type(module).forward))
+    except (OSError, TypeError):
+        return ""
 
 
 def _first(module: nn.Module, *names: str) -> int:
@@ -145,11 +163,7 @@ def _heads(module: nn.Module, config: Any, head_dim: int) -> tuple[int, int]:
 
 def _scale(module: nn.Module, head_dim: int) -> float:
     """The softmax scale the module passes on: 1 where the queries are scaled before."""
-    try:
-        source = inspect.getsource(inspect.unwrap(type(module).forward))
-    except (OSError, TypeError):
-        source = ""
-    if re.search(r"\bscaling=1(\.0*)?\b", source):
+    if re.search(r"\bscaling=1(\.0*)?\b", _source(module)):
         return 1.0
     scaling = getattr(module, "scaling", None)
     return float(scaling) if isinstance(scaling, int | float) else head_dim**-0.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
 
 from linattn import ConversionPlan, convert_model, plan_model
