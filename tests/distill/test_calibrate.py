@@ -272,6 +272,13 @@ def test_the_callers_gradient_mode_and_input_gradients_do_not_matter():
         assert torch.equal(fitted(), want)
 
 
+def test_dropout_is_off():
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": None}
+    model = convert_model(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, resid_pdrop=0.5)), **FAR)
+    first, second = (calibrate(model.train(), [batch()], learning_rate=0.0).losses for _ in range(2))
+    assert first == second
+
+
 def test_steps_without_finite_gradients_are_skipped():
     model = convert_model(build(), decay="data", **FAR)
     bias = layers_of(model)[0].gate_bias
