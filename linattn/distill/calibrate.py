@@ -44,11 +44,12 @@ def calibrate(
     same operator with a window over everything, so the layers train in parallel and no teacher model is kept. Nothing
     but the parameters and buffers under ``<attention>.linattn`` changes; decoding states made before do not fit after.
 
-    The first batch prepares every layer. A feature map that can adapt to data does (``fit(q, k)`` of ``favor++``,
-    ``favor#`` and ``nystrom``), on the queries and keys that the far branch will see. Then every head's far bias is set
-    in closed form, so that the far branch starts with the mass that softmax gives it: to the mean, over the queries of
-    the first sequence, of log(softmax's far mass) − log(the map's far mass). Queries to which the map gives no mass, or
-    where it is not positive a negative one, have no part in that mean. Adam with a cosine schedule does the rest.
+    The first batch prepares every layer. Every head's far bias is set in closed form, so that the far branch starts
+    with the mass that softmax gives it: to the mean, over the queries of the first sequence, of log(softmax's far
+    mass) − log(the map's far mass). Queries to which the map gives no mass, or where it is not positive a negative one,
+    have no part in that mean. A feature map that can adapt to data (``fit(q, k)`` of ``favor++``, ``favor#`` and
+    ``nystrom``) is fitted to the queries and keys that the far branch sees, and stays so where that lowers the layer's
+    error: what is optimal for the kernel need not be for attention. Adam with a cosine schedule does the rest.
 
     Args:
         model: a converted causal model.
@@ -75,14 +76,14 @@ def calibrate(
     skipped = 0
 
     def prepare(name: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        _prepare(module, q, k, options["softcap"])
-        return _softmax(module, q, k, v, options)
+        target = _softmax(module, q, k, v, options)
+        _prepare(module, target, q, k, v, options)
+        return target
 
     def learn(name: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         target = _softmax(module, q, k, v, options)
         with torch.enable_grad():
-            error = ConvertedAttention.forward(module, q, k, v, **options).float() - target.float()
-            loss = error.square().mean() / target.float().square().mean().clamp_min(1e-12)
+            loss = _error(ConvertedAttention.forward(module, q, k, v, **options), target)
         loss.backward()  # at once, to free the layer's activations
         errors[name] = loss.item()
         return target
@@ -185,12 +186,28 @@ def _softmax(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, option
     ).out
 
 
-def _prepare(module: ConvertedAttention, q: Tensor, k: Tensor, softcap: float | None) -> None:
-    """Fit the feature map if it can be, then the far bias."""
+def _error(out: Tensor, target: Tensor) -> Tensor:
+    """|out − target|² / |target|²."""
+    return (out.float() - target.float()).square().mean() / target.float().square().mean().clamp_min(1e-12)
+
+
+def _prepare(
+    module: ConvertedAttention, target: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> None:
+    """Set the far bias, and fit the feature map where it can be fitted and the layer's error falls by it."""
+
+    def error() -> float:
+        return _error(ConvertedAttention.forward(module, q, k, v, **options), target).item()
+
+    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], options["softcap"]))
     fit = getattr(module.feature_map, "fit", None)
-    if fit is not None:
-        fit(q[:, module.window + module.sinks :], k[:, module.sinks : k.shape[1] - module.window])
-    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], softcap))
+    if fit is None:
+        return
+    before, unfitted = {name: t.clone() for name, t in module.state_dict().items()}, error()
+    fit(q[:, module.window + module.sinks :], k[:, module.sinks : k.shape[1] - module.window])
+    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], options["softcap"]))
+    if not error() < unfitted:
+        module.load_state_dict(before)
 
 
 def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
