@@ -43,6 +43,7 @@ def calibrate(
     Each layer sees the teacher's inputs: what it returns to the rest of the model is exact attention, computed by the
     same operator with a window over everything, so the layers train in parallel and no teacher model is kept. Nothing
     but the parameters and buffers under ``<attention>.linattn`` changes; decoding states made before do not fit after.
+    Parameters are float32 while they train, whatever the model is: half precision swallows small updates.
 
     The first batch prepares every layer. Every head's far bias is set in closed form, so that the far branch starts
     with the mass that softmax gives it: to the mean, over the queries of the first sequence, of log(softmax's far
@@ -144,16 +145,18 @@ def _checked(batches: Iterable[Tensor], *, nearest: int) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for ``parameters``; afterwards they require one if they did before, and hold none."""
-    before = [p.requires_grad for p in parameters]
+    """Gradients for ``parameters``, in float32 or wider; afterwards none, and dtypes and flags as before."""
+    before = [(p, p.requires_grad, p.dtype) for p in parameters]
     try:
         for p in parameters:
             p.requires_grad_(True)
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
         yield
     finally:
-        for p, value in zip(parameters, before, strict=True):
-            p.requires_grad_(value)
+        for p, required, dtype in before:
             p.grad = None
+            p.data = p.data.to(dtype)
+            p.requires_grad_(required)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,19 @@ def test_errors_fall(feature_map, decay):
     assert done.skipped == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_train_in_single(dtype):
+    def losses(dtype: torch.dtype) -> Tensor:
+        model = convert_model(build().to(dtype), decay="data", **FAR)
+        held = {name: t.dtype for name, t in model.state_dict().items()}
+        done = calibrate(model, [batch()] * 20)
+        assert {name: t.dtype for name, t in model.state_dict().items()} == held
+        assert done.skipped == 0
+        return torch.tensor(done.losses)
+
+    torch.testing.assert_close(losses(dtype), losses(torch.float32), rtol=0.05, atol=0.0)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_layers_learn_on_what_the_original_would_have_given_them(model):
     kind, sizes, options = MODELS[model]
