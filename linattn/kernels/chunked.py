@@ -23,6 +23,8 @@ from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
 CHUNK_SIZE = 64
+SHORT_CHUNKS = (16, 32)
+"""Chunk sizes for sequences that fit one of them."""
 SEGMENT_TOKENS = 2048
 MAX_COMPILED_SEGMENTS = 16
 STEP_TOKENS = 16
@@ -57,8 +59,9 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
 def _segment(call: Call) -> int:
     """Tokens laid out at once: few enough that a step's tensors stay in cache and memory is reused."""
     segment = max(SEGMENT_TOKENS, 8 * call.window)
-    if torch.compiler.is_compiling():  # a graph of at most that many copies of the work
-        segment = max(segment, -(-call.q.shape[1] // MAX_COMPILED_SEGMENTS))
+    length = call.q.shape[1]
+    if torch.compiler.is_compiling() and length > segment * MAX_COMPILED_SEGMENTS:
+        return -(-length // MAX_COMPILED_SEGMENTS)  # a graph of at most that many copies of the work
     return segment
 
 
@@ -177,7 +180,8 @@ def _clock(decay: Tensor) -> Tensor:
 
 def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     batch, length = call.q.shape[:2]
-    c = call.chunk_size or min(CHUNK_SIZE, max(16, 1 << (length - 1).bit_length()))
+    # Comparisons, here and below, keep a compiled graph valid for a range of lengths.
+    c = call.chunk_size or next((c for c in SHORT_CHUNKS if length <= c), CHUNK_SIZE)
     lay = layouts.build(call, c)
     state = call.state
     w, sums = call.window, call.sums
@@ -199,7 +203,8 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     phi_q, log_q = query_features(call, q_far, positions)
     phi_k, log_k = key_features(call, k_far, positions)
 
-    reach = min(-(-(w - 1) // c), lay.chunks - 1) if w > 1 else 0
+    reach = -(-(w - 1) // c) if w > 1 else 0
+    reach = reach if reach < lay.chunks else lay.chunks - 1
     after = 0 if call.causal else reach
     queries = _queries(call, q, phi_q, log_q, c)
     key_blocks, value_blocks = _chunks(k.to(sums), c), _chunks(v.to(sums), c)
@@ -240,14 +245,17 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
         memory = _summarise_chunks(call, lay, feature_blocks, value_blocks, log_blocks, clock)
         plain = log_blocks is None and clock is None
         ends = None if clock is None else clock.unflatten(2, (lay.chunks, c))[..., -1]
+        if state is not None and not lay.packed:
+            memory, initial = _begin_with(call, state, lay, memory, clock, min(reach + 1, lay.chunks), plain)
+            summed.append(initial)
         sums_so_far = prefix(memory, ends, lay.sequence, plain=plain)
         if lay.chunks > reach + 1:
             summed.append(_earlier_chunks(lay, sums_so_far, clock, reach + 1, plain))
             if not call.causal:
                 suffix = prefix(memory, None, lay.sequence, plain=plain, reverse=True)
                 summed.append(_earlier_chunks(lay, suffix, None, -reach - 1, plain))
-        if state is not None:
-            summed.append(_initial(call, lay, clock))
+        if state is not None and lay.packed:
+            summed.append(_initial_packed(call, state, lay, clock))
 
     out = read(queries, exact, far, summed, scale=call.scale, softcap=call.softcap, sink_logits=_sink_logits(call))
     out = lay.collect(_merge_heads(out, call.v.dtype), batch, length)
@@ -308,30 +316,46 @@ def _shifted(x: Tensor, shift: int, value: float) -> Tensor:
     return F.pad(x, [max(shift, 0), max(-shift, 0)], value=value)[..., max(-shift, 0) : max(-shift, 0) + n]
 
 
-def _initial(call: Call, lay: Layout, clock: Tensor | None) -> Summed:
-    """The state's sums as the queries of every chunk see them."""
-    state = call.state
-    if state is None:
-        raise RuntimeError("_initial() was called without a state")
-    log_scale = state.log_scale.to(call.sums)  # [N, h], at the last token of the past
-    if lay.packed:
-        owner = lay.sequence.clamp_min(0)
+def _initial_packed(call: Call, state: AttentionState, lay: Layout, clock: Tensor | None) -> Summed:
+    """The sums of every packed sequence's state as the queries of its chunks see them."""
+    owner = lay.sequence.clamp_min(0)
 
-        def per_chunk(x: Tensor) -> Tensor:  # [N, h, ...] -> [1, h, n, ...]
-            return x[owner].transpose(1, 2)
+    def per_chunk(x: Tensor) -> Tensor:  # [N, h, ...] -> [1, h, n, ...]
+        return x.to(call.sums)[owner].transpose(1, 2)
 
-    else:
-
-        def per_chunk(x: Tensor) -> Tensor:  # [N, h, ...] -> [R, h, 1, ...]
-            return x.unsqueeze(2)
-
-    log_weight = per_chunk(log_scale)[..., None]
+    log_weight = per_chunk(state.log_scale)[..., None]
     if clock is not None:
         blocks = clock.unflatten(2, (lay.chunks, lay.chunk_size))
-        origin = _clock_before(lay, clock, lay.start + lay.past - lay.base)
-        log_weight = log_weight + (blocks - per_chunk(origin)[..., None]).to(call.sums)
-    log_weight = log_weight.expand(*log_weight.shape[:2], lay.chunks, log_weight.shape[3])
-    return Summed(per_chunk(state.kv.to(call.sums)), per_chunk(state.k.to(call.sums)), log_weight)
+        origin = _clock_before(lay, clock, lay.start + lay.past - lay.base)[owner].transpose(1, 2)
+        log_weight = log_weight + (blocks - origin[..., None]).to(call.sums)
+    return Summed(per_chunk(state.kv), per_chunk(state.k), log_weight)
+
+
+def _begin_with(
+    call: Call, state: AttentionState, lay: Layout, memory: Memory, clock: Tensor | None, blocks: int, plain: bool
+) -> tuple[Memory, Summed]:
+    """Put the state's sums into those of each row's first chunk, so that the running sums carry them along.
+
+    The first ``blocks`` chunks read no running sum yet; they get the state's sums as they are.
+    """
+    kv, k, log_scale = state.kv.to(call.sums), state.k.to(call.sums), state.log_scale.to(call.sums)
+    if plain:
+        there = log_scale.exp()
+        kv, k, log_scale = kv * there[..., None, None], k * there[..., None], torch.zeros_like(log_scale)
+        first = Memory(memory.kv[:, :, 0] + kv, memory.k[:, :, 0] + k, log_scale)
+        log_weight = None
+    else:
+        log_weight, at_end = log_scale[:, :, None, None], log_scale
+        if clock is not None:
+            origin = _clock_before(lay, clock, lay.start + lay.past - lay.base)
+            since = clock.unflatten(2, (lay.chunks, lay.chunk_size)) - origin[..., None, None]
+            log_weight = log_weight + since[:, :, :blocks].to(call.sums)
+            at_end = log_scale + since[:, :, 0, -1].to(call.sums)
+        log_weight = log_weight.expand(-1, -1, blocks, -1)
+        log_weight = F.pad(log_weight, [0, 0, 0, lay.chunks - blocks], value=EMPTY_LOG_SCALE)
+        first = _merge([Memory(kv, k, at_end), Memory(*(x[:, :, 0] for x in memory))])
+    carried = Memory(*(torch.cat([x.unsqueeze(2), rest[:, :, 1:]], 2) for x, rest in zip(first, memory, strict=True)))
+    return carried, Summed(kv.unsqueeze(2), k.unsqueeze(2), log_weight, blocks=blocks)
 
 
 def _clock_before(lay: Layout, clock: Tensor, slots: Tensor) -> Tensor:
@@ -479,6 +503,8 @@ def _final_state(
             tail_log.transpose(1, 2)[:, :, None],
             leaves[:, None, None].to(phi_k.dtype),
         )
+        if not lay.packed:  # the running sums began with the state's
+            memory = memory._replace(log_scale=torch.where(there[:, None], EMPTY_LOG_SCALE, memory.log_scale))
         memory = _merge(
             [
                 memory,

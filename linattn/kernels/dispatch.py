@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from linattn.errors import FeatureMapError, OptionError
@@ -42,8 +43,8 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
 
 
 def _announce(impl: str) -> None:
-    """Log the automatic choice once per process."""
-    if impl not in _announced:
+    """Log the automatic choice once per process; a graph being compiled cannot hold a log line."""
+    if impl not in _announced and not torch.compiler.is_compiling():
         _announced.add(impl)
         logger.info("linattn: impl='auto' runs the %s implementation", impl)
 

@@ -78,7 +78,7 @@ def build(call: Call, chunk_size: int) -> Layout:
     ring = 0 if state is None else state.recent_k.shape[1]
 
     if call.cu_seqlens is None and call.mask is None and ring == 0:
-        chunks = -(-length // c)
+        chunks = (length + c - 1) // c
         index = torch.arange(chunks * c, device=device)
         positions = torch.where(index < length, base[:, None] + index, -1).view(batch, chunks, c)
         order = torch.arange(batch, device=device)
@@ -117,7 +117,7 @@ def build(call: Call, chunk_size: int) -> Layout:
         token_rank = (in_ring[:, None] + mask.cumsum(1) - 1).flatten()
         token_sequence = torch.arange(batch, device=device).repeat_interleave(length)
         new = mask.sum(1)
-        rows, chunks = batch, -(-(ring + length) // c)
+        rows, chunks = batch, (ring + length + c - 1) // c
         start = torch.arange(batch, device=device) * chunks * c
 
     dump = rows * chunks * c

@@ -47,6 +47,7 @@ class Summed(NamedTuple):
         log_weight: ``[R, h, n, C | 1]`` log-scale and decay of the memory, or None for zero.
         there: ``[R, 1, n]`` whether the block has this memory at all, or None for always.
         shift: block i reads entry i − shift, blocks without such an entry read nothing.
+        blocks: only the first ``blocks`` read it; None for all.
     """
 
     kv: Tensor
@@ -54,6 +55,7 @@ class Summed(NamedTuple):
     log_weight: Tensor | None = None
     there: Tensor | None = None
     shift: int = 0
+    blocks: int | None = None
 
 
 class Queries(NamedTuple):
@@ -160,7 +162,7 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
         den = mass if den is None else den + mass
     for m in summed:
         part, mass = _read_summed(flat, m)
-        part, mass = part.view(*shape, -1), mass.view(shape)
+        part, mass = part.reshape(*shape, -1), mass.reshape(shape)
         relative: Tensor | None = unscaled if m.log_weight is None else (m.log_weight - top).exp()
         if m.there is not None:
             there = m.there[..., None].to(part.dtype)
@@ -178,9 +180,12 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
 def _read_summed(flat: Tensor, m: Summed) -> tuple[Tensor, Tensor]:
     """``flat [R, h, n, G · C, F]`` against the memory of its block: ``[.., G · C, V]`` and ``[.., G · C, 1]``."""
     n = flat.shape[2]
-    if m.kv.shape[2] == 1 < n:  # one memory for all blocks: one product
-        together = flat.flatten(2, 3)
-        return together @ m.kv[:, :, 0], together @ m.k[:, :, 0, :, None]
+    if m.kv.shape[2] == 1 < n:  # one memory for several blocks: one product
+        blocks = n if m.blocks is None else m.blocks
+        together = flat[:, :, :blocks].flatten(2, 3)
+        kv, k = together @ m.kv[:, :, 0], together @ m.k[:, :, 0, :, None]
+        pad = [0, 0, 0, 0, 0, n - blocks]
+        return F.pad(kv.unflatten(2, (blocks, -1)), pad), F.pad(k.unflatten(2, (blocks, -1)), pad)
     if m.shift == 0:
         return flat @ m.kv, flat @ m.k[..., None]
     here, there = (slice(m.shift, n), slice(0, n - m.shift)) if m.shift > 0 else (slice(0, m.shift), slice(-m.shift, n))

@@ -67,8 +67,7 @@ def prefix(memory: Memory, clock: Tensor | None, sequence: Tensor, *, plain: boo
     rows, heads, n = mu.shape
     if n <= 1:
         return memory
-    g = min(GROUP, n)
-    groups = -(-n // g)
+    g, groups = (GROUP, (n + GROUP - 1) // GROUP) if n > GROUP else (n, 1)
     if pad := groups * g - n:
         kv, k = F.pad(kv, [0, 0, 0, 0, 0, pad]), F.pad(k, [0, 0, 0, pad])
         mu = F.pad(mu, [0, pad], value=EMPTY_LOG_SCALE)
