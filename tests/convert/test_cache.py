@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from transformers import DynamicCache
 
 from linattn import convert_model
-from linattn.convert import LinattnCacheLayer, load_state, prepare_cache, save_state
+from linattn.convert import load_state, prepare_cache, save_state
 from linattn.convert.cache import MAX_LOOKBACK
 from linattn.errors import CheckpointError, StateError
 
@@ -29,99 +27,11 @@ def model(request, make_llama):
     return convert_model(make_llama(), window=6, sinks=2, **request.param)
 
 
-def uncached(model, tokens, new=NEW, mask=None):
-    """Greedy continuation, every token computed from the whole sequence."""
-    call = {}
-    with torch.no_grad():
-        for _ in range(new):
-            if mask is not None:
-                seen = torch.cat([mask, mask.new_ones(len(tokens), tokens.shape[1] - mask.shape[1])], 1)
-                call = {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp_min(0)}
-            logits = model(tokens, use_cache=False, **call).logits[:, -1:]
-            tokens = torch.cat([tokens, logits.argmax(-1)], 1)
-    return tokens
-
-
-def greedy(model, tokens, new=NEW, **options):
-    options = {"attention_mask": torch.ones_like(tokens), "do_sample": False} | options
-    return model.generate(tokens, max_new_tokens=new, **options)
-
-
-def test_greedy(model, tokens):
-    assert torch.equal(greedy(model, tokens), uncached(model, tokens))
-
-
-def test_sampling(model, tokens):
-    def sample(**options):
-        torch.manual_seed(3)
-        return model.generate(tokens, do_sample=True, num_return_sequences=2, max_new_tokens=12, **options)
-
-    assert torch.equal(sample(), sample(use_cache=False))
-
-
-def test_left_padded_batch(model, tokens):
-    mask = torch.ones_like(tokens)
-    mask[1, :7] = 0
-    padded = tokens * mask
-    got = greedy(model, padded, attention_mask=mask)
-    assert torch.equal(got, uncached(model, padded, mask=mask))
-    assert torch.equal(got[1:, 7:], greedy(model, tokens[1:, 7:]))
-
-
-def test_beam_search(model, tokens):
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    assert torch.equal(greedy(model, tokens, 12, **options), greedy(model, tokens, 12, use_cache=False, **options))
-
-
-def test_prompt_lookup(model, tokens):
-    tokens = tokens[:1].repeat(1, 3)
-    assert torch.equal(greedy(model, tokens, prompt_lookup_num_tokens=5), uncached(model, tokens))
-
-
-@pytest.mark.parametrize("draft", ["itself", "another"])
-def test_assisted(model, make_llama, tokens, draft):
-    assistant = model if draft == "itself" else convert_model(make_llama(layers=1, seed=5), window=4, sinks=1)
-    got = greedy(model, tokens[:1], assistant_model=assistant)
-    assert torch.equal(got, uncached(model, tokens[:1]))
-
-
-def test_conversation_continues_from_a_saved_state(model, tokens, tmp_path):
-    first = greedy(model, tokens, 8, return_dict_in_generate=True)
-    turn = torch.cat([first.sequences, tokens[:, :9]], 1)
-    want = uncached(model, turn, 8)
-    save_state(first.past_key_values, tmp_path / "state.safetensors")
-    restored = load_state(tmp_path / "state.safetensors")
-    for cache in (restored, first.past_key_values):
-        assert torch.equal(greedy(model, turn, 8, past_key_values=cache), want)
-
-
-def test_static_cache(model, tokens):
-    assert torch.equal(greedy(model, tokens, cache_implementation="static"), uncached(model, tokens))
-
-
 def test_chunked_prefill_equals_one_pass(model, tokens):
     cache = prepare_cache(model, DynamicCache(config=model.config))
     with torch.no_grad():
         parts = [model(part, past_key_values=cache).logits for part in tokens.split([4, 1, 11, 14], 1)]
         assert (torch.cat(parts, 1) - model(tokens, use_cache=False).logits).abs().max() < 1e-4
-
-
-class Stream(contextlib.nullcontext):
-    """A CUDA stream's stand-in: on the CPU every copy is finished when it returns."""
-
-    def wait_stream(self, other):
-        pass
-
-
-def test_offloaded_cache(model, tokens, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
-    monkeypatch.setattr(torch, "Stream", lambda *args: Stream())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *args: Stream())
-    got = greedy(model, tokens, cache_implementation="offloaded", return_dict_in_generate=True)
-    assert torch.equal(got.sequences, uncached(model, tokens))
-    layers = [layer for layer in got.past_key_values.layers if isinstance(layer, LinattnCacheLayer)]
-    assert layers
-    assert all(layer._offloaded for layer in layers)
 
 
 def fill(model, tokens):
