@@ -26,7 +26,7 @@ CHUNK_SIZE = 64
 SHORT_CHUNKS = (16, 32)
 """Chunk sizes for sequences that fit one of them."""
 SEGMENT_TOKENS = 2048
-MAX_COMPILED_SEGMENTS = 16
+MAX_COMPILED_SEGMENTS = 32
 STEP_TOKENS = 16
 """Up to this many new tokens are read against the ring directly, without laying out chunks."""
 
