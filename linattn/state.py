@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from linattn.errors import OptionError, StateError
 
@@ -14,7 +16,7 @@ EMPTY_LOG_SCALE = -1e30
 """Log-scale of an empty sum: finite, so that differences of two empty sums are zero and not NaN."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class AttentionState:
     """What one attention layer remembers of N sequences after any number of tokens.
 
@@ -23,7 +25,8 @@ class AttentionState:
     ``window + lookback`` tokens: the last ``window`` of them are attended exactly, the ``lookback`` older ones through
     their features, un-folded, so that :meth:`rollback` can take back up to ``lookback`` tokens.
 
-    All tensors are treated as immutable: every method and every attention call returns a new state.
+    All tensors are treated as immutable: every method and every attention call returns a new state. A state is a pytree
+    of its tensors: ``torch.export``, ``torch.func`` and everything else that maps over nested inputs looks inside.
 
     Attributes:
         kv: ``[N, Hkv, F, V]`` float32, Σ exp(decay + log_scale_i − log_scale) φ_k(k_i) v_iᵀ over folded tokens.
@@ -115,8 +118,8 @@ class AttentionState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state's tensors by field name, without the absent ones."""
-        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return {name: value for name, value in fields if isinstance(value, Tensor)}
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "window")
+        return {name: value for name, value in fields if value is not None}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> AttentionState:
         """A state whose every tensor is ``fn`` of this one's."""
@@ -124,10 +127,17 @@ class AttentionState:
 
     def select(self, indices: Tensor) -> AttentionState:
         """The sequences at ``indices`` ``[M]`` (int64, repeats allowed): beam reordering, or dropping finished rows."""
+        if indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1:
+            raise StateError(
+                f"indices: got {indices.dtype} {tuple(indices.shape)}, expected int64 [M]; of a boolean one, pass "
+                "its .nonzero().flatten()."
+            )
         return self.map(lambda t: t.index_select(0, indices.to(t.device)))
 
     def repeat(self, repeats: int) -> AttentionState:
         """Each sequence ``repeats`` times, adjacent: [a, b] becomes [a, a, b, b]."""
+        if repeats < 1:
+            raise StateError(f"repeats={repeats}: expected a positive number.")
         return self.map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def snapshot(self) -> AttentionState:
@@ -157,10 +167,12 @@ class AttentionState:
         Raises:
             StateError: if some sequence has folded too far to go back (``lookback`` was shorter than ``tokens``).
         """
+        if tokens < 0:
+            raise StateError(f"rollback({tokens}): expected the number of tokens to take back.")
         if tokens == 0:
             return self
         length = self.length - tokens
-        if tokens < 0 or bool((length < 0).any()):
+        if bool((length < 0).any()):
             raise StateError(f"rollback({tokens}): the sequences hold {self.length.tolist()} tokens.")
         if bool((self.folded > (length - self.window).clamp_min(0)).any()):
             raise StateError(
@@ -183,3 +195,28 @@ class AttentionState:
 
     def _with(self, tensors: dict[str, Tensor]) -> AttentionState:
         return AttentionState(**{**self.tensors(), **tensors}, window=self.window)
+
+
+def _flatten(state: AttentionState) -> tuple[list[Any], Any]:
+    tensors = state.tensors()
+    return list(tensors.values()), [list(tensors), state.window]
+
+
+def _flatten_with_keys(state: AttentionState) -> tuple[list[tuple[Any, Any]], Any]:
+    values, context = _flatten(state)
+    return [(pytree.GetAttrKey(name), value) for name, value in zip(context[0], values, strict=True)], context
+
+
+def _unflatten(values: Iterable[Any], context: Any) -> AttentionState:
+    names, window = context
+    return AttentionState(**dict(zip(names, values, strict=True)), window=window)
+
+
+pytree.register_pytree_node(
+    AttentionState,
+    _flatten,
+    _unflatten,
+    serialized_type_name="linattn.AttentionState",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([AttentionState])
