@@ -38,7 +38,7 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
         empty = call.v.new_zeros(batch, length, heads, call.v.shape[3])
         if not call.return_state:
             return empty, None
-        if call.state is None:
+        if call.state is None or batch == 0:
             return empty, empty_state(call)
         if call.lookback >= call.state.lookback:
             return empty, call.state.with_lookback(call.lookback)
