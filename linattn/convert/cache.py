@@ -162,12 +162,17 @@ def adopt(cache: Cache, layer_idx: int) -> LinattnCacheLayer:
     """The converted layer of ``cache`` at ``layer_idx``, put in place of an empty layer of another kind if need be.
 
     Raises:
-        StateError: the layer there already holds keys and values of an unconverted layer.
+        StateError: there is no such layer, or it already holds keys and values of an unconverted layer.
     """
     cache = decoder_cache(cache)
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
+    if layer_idx >= len(cache.layers):
+        raise StateError(
+            f"past_key_values: has {len(cache.layers)} layers, the model asks for layer {layer_idx}: the cache "
+            "of another model?"
+        )
     current: Any = cache.layers[layer_idx]
     if isinstance(current, LinattnCacheLayer):
         return current

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from linattn import convert_model
 from linattn.convert import load_state, prepare_cache, save_state
-from linattn.convert.cache import MAX_LOOKBACK
+from linattn.convert.cache import MAX_LOOKBACK, LinattnCacheLayer
 from linattn.errors import CheckpointError, StateError
 
 NEW = 24
@@ -113,6 +113,13 @@ def test_a_cache_of_keys_and_values_is_refused(make_llama, tokens):
     cache = DynamicCache()
     make_llama()(tokens, past_key_values=cache)
     with pytest.raises(StateError, match="holds 30 tokens as keys and values"):
+        convert_model(make_llama())(tokens, past_key_values=cache)
+
+
+def test_a_cache_of_fewer_layers_is_refused(make_llama, tokens):
+    cache = DynamicCache()
+    cache.layer_class_to_replicate, cache.layers = None, [LinattnCacheLayer()]
+    with pytest.raises(StateError, match="has 1 layers, the model asks for layer 1"):
         convert_model(make_llama())(tokens, past_key_values=cache)
 
 

@@ -206,6 +206,21 @@ def test_training_reaches_every_parameter_and_checkpointing_changes_no_gradient(
         torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_autocast_trains_and_decodes(make_llama, tokens):
+    """Rotary embedding leaves float32 queries and keys beside bfloat16 values; sums stay float32 all the same."""
+    model = convert_model(make_llama(), window=8, sinks=2, decay="data")
+    exact = model(tokens).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, labels=tokens, use_cache=True)
+        step = model(tokens[:, :1], past_key_values=out.past_key_values)
+    out.loss.backward()
+    assert step.logits.isfinite().all()
+    torch.testing.assert_close(out.logits.float(), exact, atol=0.05, rtol=0.05)
+    state = out.past_key_values.layers[0].state
+    assert {state.kv.dtype, state.k.dtype, state.log_scale.dtype, state.recent_decay.dtype} == {torch.float32}
+    assert state.recent_v.dtype == torch.bfloat16
+
+
 def test_a_converted_model_can_be_copied_and_pickled(make_llama, tokens):
     model = convert_model(make_llama(), **FAR, keep_softmax=[1])
     want = model(tokens).logits
