@@ -19,7 +19,7 @@ from linattn.errors import (
     StateError,
 )
 from linattn.feature_maps import make
-from linattn.kernels import check_finite, dispatch, kernel_attention, linear_attention
+from linattn.kernels import check_finite, chunked, dispatch, kernel_attention, linear_attention
 from linattn.state import AttentionState
 
 B, T, H, HKV, D, V = 2, 5, 4, 2, 8, 3
@@ -283,10 +283,21 @@ def test_a_gate_of_minus_infinity_forgets(impl: str) -> None:
         )
 
 
-def test_a_window_longer_than_the_sequence_costs_nothing() -> None:
+def test_a_window_longer_than_the_sequence_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    neighbours = []
+    extend = chunked._extend
+
+    def watched(x: Tensor, before: int, after: int, value: float = 0) -> Tensor:
+        neighbours.append(max(before, after))
+        return extend(x, min(before, 1), min(after, 1), value)
+
+    monkeypatch.setattr(chunked, "_extend", watched)
     q, k, v = inputs(1, 20)
-    out = kernel_attention(q, k, v, feature_map=DOUBLE, window=10**9).out  # a ring of that length would not fit
-    torch.testing.assert_close(out, kernel_attention(q, k, v, feature_map=DOUBLE, window=20).out)
+    for causal in (True, False):
+        options: dict[str, Any] = {"feature_map": DOUBLE, "causal": causal, "chunk_size": 10}
+        out = kernel_attention(q, k, v, window=10**9, **options).out
+        torch.testing.assert_close(out, kernel_attention(q, k, v, window=20, **options).out)
+    assert max(neighbours) == 1  # two chunks: one neighbour
 
 
 # ------------------------------------------------------------------------------------------------- NaN
