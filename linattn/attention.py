@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from linattn.errors import DtypeError, OptionError, ShapeError, StateError, UnsupportedError
 from linattn.feature_maps import FeatureMap, SequenceMap, make
 from linattn.kernels import AttentionOutput, kernel_attention
+from linattn.kernels.validate import check_is_state, check_tensor
 from linattn.state import AttentionState
 
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 64.0, 8192.0
@@ -308,9 +309,14 @@ class KernelAttention(nn.Module):
         key = query if key is None else key
         value = key if value is None else value
         for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if not isinstance(x, Tensor):
+                raise DtypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor.")
             if x.ndim != 3 or x.shape[-1] != size:
                 layout = "[B, T, {}]" if self.batch_first else "[T, B, {}]"
                 raise ShapeError(f"{name}: got shape {tuple(x.shape)}, expected {layout.format(size)}.")
+        check_tensor("mask", mask, query.device)
+        check_tensor("cu_seqlens", cu_seqlens, query.device)
+        check_is_state(state, query.device)
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
 
@@ -391,7 +397,7 @@ class KernelAttention(nn.Module):
             )
         if mask is not None and mask.shape != query.shape[:2]:
             raise ShapeError(f"mask: got shape {tuple(mask.shape)}, expected {tuple(query.shape[:2])}.")
-        if cu_seqlens is not None and cu_seqlens.ndim != 1:
+        if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2):
             raise ShapeError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected [N + 1].")
         sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is not None and state.batch_size != sequences:

@@ -448,6 +448,12 @@ def test_inputs_that_do_not_fit(x: Tensor) -> None:
         (StateError, (x[:1],), {"state": state}),
         (StateError, (x[:1],), {"state": state, "cu_seqlens": torch.tensor([0, 4, 9, 19])}),
         (StateError, (x,), {"state": build(window=4, rope=True).new_state(2)}),
+        (StateError, (x,), {"state": attn(x, return_state=True)}),
+        (ShapeError, (x,), {"state": state.to("meta")}),
+        (DtypeError, (x.tolist(),), {}),
+        (DtypeError, (x,), {"mask": [[True] * 19] * 2}),
+        (DtypeError, (x[:1],), {"cu_seqlens": [0, 19]}),
+        (ShapeError, (x[:1],), {"cu_seqlens": torch.tensor([], dtype=torch.int64)}),
     ):
         with pytest.raises(error):
             attn(*arguments, **options)

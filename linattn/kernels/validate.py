@@ -109,7 +109,8 @@ def resolve(
         "cu_seqlens": cu_seqlens,
     }
     for name, t in optional.items():
-        _check_tensor(name, t, q.device)
+        check_tensor(name, t, q.device)
+    check_is_state(state, q.device)
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
 
@@ -199,7 +200,7 @@ def resolve(
         far_dim = None if k_far is None else k_far.shape[-1]
         feature_dim = 0 if feature_map is None else feature_map.feature_dim
         _check_state(
-            state, q, sequences, kv_heads, feature_dim, head_dim, v.shape[-1], window, sinks, far_dim, decay is not None
+            state, sequences, kv_heads, feature_dim, head_dim, v.shape[-1], window, sinks, far_dim, decay is not None
         )
 
     return Call(
@@ -273,13 +274,23 @@ def check_qkv(
     return q, k, v
 
 
-def _check_tensor(name: str, t: object, device: torch.device) -> None:
+def check_tensor(name: str, t: object, device: torch.device) -> None:
+    """Raise unless ``t`` is None or a tensor on ``device``."""
     if t is None:
         return
     if not isinstance(t, Tensor):
         raise DtypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor or None.")
     if t.device != device:
         raise ShapeError(f"{name}: is on {t.device}, q on {device}; move them to one device.")
+
+
+def check_is_state(state: object, device: torch.device) -> None:
+    """Raise unless ``state`` is None or an :class:`AttentionState` on ``device``."""
+    if state is None:
+        return
+    if not isinstance(state, AttentionState):
+        raise StateError(f"state: got {type(state).__name__}, expected an AttentionState (the .state of an output).")
+    check_tensor("state", state.kv, device)
 
 
 def _check_interface(feature_map: KernelFeatureMap) -> None:
@@ -325,7 +336,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor 
 
 def _check_state(
     state: AttentionState,
-    q: Tensor,
     sequences: int,
     kv_heads: int,
     feature_dim: int,
@@ -336,9 +346,6 @@ def _check_state(
     far_head_dim: int | None,
     decay: bool,
 ) -> None:
-    if not isinstance(state, AttentionState):
-        raise StateError(f"state: got {type(state).__name__}, expected an AttentionState (the .state of an output).")
-    _check_tensor("state", state.kv, q.device)
     far_k = state.recent_far_k
     found = {
         "sequences": state.batch_size,
