@@ -208,9 +208,7 @@ def main() -> None:
 
     times: dict[str, dict[int, float]] = {name: {} for name in attends}
     repeats: dict[str, dict[int, int]] = {name: {} for name in attends}
-    jobs = [
-        (name, length) for length in lengths for name in attends if "compiled" not in name or length in COMPILED_LENGTHS
-    ]
+    jobs = [(name, length) for length in lengths for name in attends if length in COMPILED_LENGTHS.get(name, lengths)]
     for name, length in track(jobs, "timing", console=console):
         times[name][length], repeats[name][length] = median_time(
             name, attends[name], prepare(name, length), args.budget
