@@ -92,15 +92,23 @@ def reference_error(name: str, attend: Callable[..., Tensor], length: int = 2048
     return float((attend(*args) - expected).abs().max() / expected.abs().max())
 
 
-def median_time(name: str, attend: Callable[..., Tensor], args: Inputs, budget: float) -> tuple[float, int]:
-    """Median seconds of a call and how many were timed, at least three; after a call to warm up."""
-    attend(*(args if "compiled" in name else (x[:, :1024] for x in args)))
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < budget and len(times) < 15):
-        started = time.perf_counter()
-        attend(*args)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times), len(times)
+def median_times(
+    attends: dict[str, Callable[..., Tensor]], length: int, budget: float
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds of a call and how many were timed, at least three; after a call to warm up.
+
+    The contenders take turns, so that what else happens on the machine happens to all of them.
+    """
+    args = {name: prepare(name, length) for name in attends}
+    for name, attend in attends.items():
+        attend(*(args[name] if "compiled" in name else (x[:, :1024] for x in args[name])))
+    times: dict[str, list[float]] = {name: [] for name in attends}
+    while waiting := [n for n, t in times.items() if len(t) < 3 or (sum(t) < budget and len(t) < 15)]:
+        for name in waiting:
+            started = time.perf_counter()
+            attends[name](*args[name])
+            times[name].append(time.perf_counter() - started)
+    return {n: statistics.median(t) for n, t in times.items()}, {n: len(t) for n, t in times.items()}
 
 
 def peak_mebibytes(name: str, length: int, backward: bool) -> float:
@@ -208,11 +216,11 @@ def main() -> None:
 
     times: dict[str, dict[int, float]] = {name: {} for name in attends}
     repeats: dict[str, dict[int, int]] = {name: {} for name in attends}
-    jobs = [(name, length) for length in lengths for name in attends if length in COMPILED_LENGTHS.get(name, lengths)]
-    for name, length in track(jobs, "timing", console=console):
-        times[name][length], repeats[name][length] = median_time(
-            name, attends[name], prepare(name, length), args.budget
-        )
+    for length in track(lengths, "timing", console=console):
+        present = {name: attend for name, attend in attends.items() if length in COMPILED_LENGTHS.get(name, lengths)}
+        medians, counts = median_times(present, length, args.budget)
+        for name in present:
+            times[name][length], repeats[name][length] = medians[name], counts[name]
 
     memory: dict[str, dict[int, float]] = {}
     spans = {"": [x for x in lengths if x >= 8192], ", forward and backward": [2048, 4096, 8192, 16384]}
