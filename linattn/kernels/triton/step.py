@@ -1,0 +1,559 @@
+"""One new token of many sequences, in place: fold the token that leaves the window, write the new one, read, store."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linattn.errors import DtypeError, OptionError, ShapeError, StateError
+from linattn.kernels.precision import autocast, autocast_dtype
+from linattn.kernels.protocols import KernelFeatureMap, Projected
+from linattn.kernels.slots import DecodeSlots
+from linattn.kernels.triton.device import (
+    ACTIVATIONS,
+    DENOMINATOR_FLOOR,
+    ELU,
+    EMPTY,
+    EXP,
+    FAR_FLOOR,
+    PRODUCT,
+    RELU,
+    SOFTMAX,
+    load_bias,
+    load_rows,
+)
+from linattn.kernels.triton.forward import tanh
+from linattn.kernels.validate import STRONGEST_DECAY, Call
+from linattn.state import AttentionState
+
+STRONGEST = tl.constexpr(STRONGEST_DECAY)
+
+
+@triton.jit
+def token_features(
+    x,
+    w,
+    c,
+    head,
+    heads,
+    norm,
+    constant,
+    width,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, of which ``width`` numbers are not zero."""
+    f = tl.arange(0, BF)
+    squares = 0.0
+    z1 = tl.zeros([BF], tl.float32)
+    if w is None:
+        z = tl.load(x + f, mask=f < width, other=0.0).to(tl.float32)
+        squares += tl.sum(z * z, 0)
+    else:
+        head = tl.where(heads == 1, 0, head)
+        products = tl.zeros([BD, BF], tl.float32)
+        products1 = tl.zeros([BD, BF], tl.float32)
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
+            squares += tl.sum(xd * xd, 0)
+            real = (d < D)[:, None] & (f < F)[None, :]
+            cells = (head * D + d[:, None]) * F + f[None, :]
+            products += tl.load(w + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+            if ACT == PRODUCT:
+                products1 += tl.load(w + heads * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+        z = tl.sum(products, 0)
+        if ACT == PRODUCT:
+            z1 = tl.sum(products1, 0)
+        if c is not None:
+            z += load_bias(c, head, 0, heads, F, BF)
+            if ACT == PRODUCT:
+                z1 += load_bias(c, head, 1, heads, F, BF)
+    phi = z
+    log_scale = 0.0
+    if ACT == RELU:
+        phi = tl.maximum(z, 0.0)
+    elif ACT == ELU:
+        phi = tl.exp(tl.minimum(z, 0.0)) + tl.maximum(z, 0.0)
+    elif ACT == SOFTMAX:
+        z = tl.where(f < F, z, EMPTY)
+        phi = tl.exp(z - tl.max(z, 0))
+        phi = phi / tl.sum(phi, 0)
+    elif ACT == EXP:
+        z = tl.where(f < F, z, EMPTY)
+        top = tl.max(z, 0)
+        phi = tl.exp(z - top)
+        log_scale = top - norm * squares + constant
+    elif ACT == PRODUCT:
+        phi = z * z1
+        top = tl.maximum(tl.max(tl.abs(phi), 0), 1.0)
+        phi = phi / top
+        log_scale = tl.log(top)
+    return tl.where(f < F, phi, 0.0), log_scale
+
+
+@triton.jit
+def attend_rows(acc, den, top, xq, k, v, seen, softcap, SOFTCAP: tl.constexpr):
+    """Online softmax of one scaled query ``xq [BD]``: more keys ``k [N, BD]`` and values ``v [N, BV]``."""
+    s = tl.sum(k.to(tl.float32) * xq[None, :], 1)
+    if SOFTCAP:
+        s = softcap * tanh(s / softcap)
+    s = tl.where(seen, s, EMPTY)
+    new = tl.maximum(tl.maximum(top, tl.max(s, 0)), EMPTY / 2)
+    keep = tl.exp(top - new)
+    p = tl.exp(s - new)
+    acc = acc * keep + tl.sum(p[:, None] * v.to(tl.float32), 0)
+    return acc, den * keep + tl.sum(p, 0), new
+
+
+@triton.jit
+def step_kernel(
+    q, q_n, q_h,
+    k, k_n, k_h,
+    v, v_n, v_h,
+    qf, qf_n, qf_h,
+    kf, kf_n, kf_h,
+    phi, log_phi, log_q,
+    query_weight, key_weight, query_map_heads, key_map_heads, query_bias, key_bias,
+    far_bias, sink_logits,
+    decay, decay_n, decay_h,
+    kv, z, m, length, ring_k, ring_v, ring_f, ring_decay, sink_k, sink_v, index,
+    out, out_n, out_h,
+    scale, softcap, norm, constant, heads,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    DF: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BDF: tl.constexpr,
+    BF: tl.constexpr,
+    PART: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BW: tl.constexpr,
+    SINKS: tl.constexpr,
+    BS: tl.constexpr,
+    FAR: tl.constexpr,
+    ACT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One key/value head of one sequence: its state passes through registers once.
+
+        S ← e^γ S + [p − W ≥ sinks] e^b φ_k vᵀ        k, v of the token p − W that leaves the window
+        out = (Σ_near e^s v + e^c φ_q S) / (Σ_near e^s + e^c φ_q z)
+
+    with γ the new token's gate, b the leaving token's log-scale plus the gates of the W tokens after it, S and z relative
+    to exp(m). Only this program touches its part of the memory, and every thread has read before any thread writes.
+    """
+    pid = tl.program_id(0)
+    head = pid % heads
+    row = (pid // heads).to(tl.int64)
+    slot = row
+    if index is not None:
+        slot = tl.load(index + row).to(tl.int64)
+    out += row * out_n + head * G * out_h
+    d = tl.arange(0, BD)
+    f = tl.arange(0, BF)
+    columns = tl.arange(0, BV)
+    if slot < 0:
+        for g in range(G):
+            for first in range(0, V, BV):
+                zeros = tl.zeros([BV], out.dtype.element_ty)
+                tl.store(out + g * out_h + first + columns, zeros, mask=first + columns < V)
+        return
+
+    place = slot * heads + head
+    p = tl.load(length + place)
+    q += row * q_n + head * G * q_h
+    k += row * k_n + head * k_h
+    v += row * v_n + head * v_h
+    k_new = tl.load(k + d, mask=d < D, other=0.0)
+    is_sink = p < SINKS
+    folds = p - WINDOW >= SINKS  # a token leaves the window and is no sink
+    own = is_sink  # the new token is attended exactly
+    at = 0  # its place in the ring, which holds the leaving token until then
+    if WINDOW > 0:
+        own = p >= 0
+        at = (p % WINDOW).to(tl.int32)
+
+    gate = 0.0
+    gates_after = 0.0
+    if decay is not None:
+        gate = tl.maximum(tl.load(decay + row * decay_n + head * decay_h).to(tl.float32), STRONGEST)
+        if WINDOW > 0:
+            entries = tl.arange(0, triton.next_power_of_2(WINDOW))
+            later = (entries < WINDOW) & (entries != at)
+            gates_after = gate + tl.sum(tl.load(ring_decay + place * WINDOW + entries, mask=later, other=0.0), 0)
+
+    BLOCKS: tl.constexpr = (WINDOW + BW - 1) // BW
+    for part in tl.static_range((V + BV - 1) // BV):  # one part unless F · V is large: each computes the same weights
+        c = part * BV + columns
+        cells = (place * F + f[:, None]) * V + c[None, :]
+        real = (f < F)[:, None] & (c < V)[None, :]
+        if FAR:
+            S = tl.load(kv + cells, mask=real, other=0.0)
+        if BLOCKS == 1:
+            slots = tl.arange(0, BW)
+            age = tl.where(slots <= at, at - slots, at - slots + WINDOW)
+            seen = (slots < WINDOW) & (age > 0) & (age <= p)
+            ks = load_rows(ring_k + place * WINDOW * D, slots, D, seen, D, BD)
+            vs = load_rows(ring_v + place * WINDOW * V + part * BV, slots, V, seen, V - part * BV, BV)
+        v_new = tl.load(v + c, mask=c < V, other=0.0)
+        if SINKS > 0:
+            firsts = tl.arange(0, BS)
+            sink_seen = (firsts < SINKS) & (p - firsts >= WINDOW) & (firsts < p)
+            sks = load_rows(sink_k + place * SINKS * D, firsts, D, sink_seen, D, BD)
+            svs = load_rows(sink_v + place * SINKS * V + part * BV, firsts, V, sink_seen, V - part * BV, BV)
+
+        if FAR:
+            if phi is not None:
+                phi_k = tl.load(phi + (row * heads + head) * F + f, mask=f < tl.where(folds, F, 0), other=0.0).to(
+                    tl.float32
+                )
+                log_k = 0.0
+                if log_phi is not None:
+                    log_k = tl.load(log_phi + row * heads + head)
+            else:
+                if WINDOW == 0:
+                    leaving = kf + row * kf_n + head * kf_h
+                elif ring_f is not None:
+                    leaving = ring_f + (place * WINDOW + at) * DF
+                else:
+                    leaving = ring_k + (place * WINDOW + at) * D
+                phi_k, log_k = token_features(
+                    leaving, key_weight, key_bias, head, key_map_heads, norm, constant, tl.where(folds, DF, 0),
+                    DF, F, PART, BF, ACT,
+                )  # fmt: skip
+            leaving_v = v_new
+            if WINDOW > 0:
+                leaving_v = tl.load(ring_v + (place * WINDOW + at) * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
+            before = tl.load(m + place) + gate
+            log_k = tl.where(folds, log_k + gates_after, EMPTY)
+            m_new = tl.maximum(tl.maximum(before, log_k), EMPTY)
+            keep = tl.exp(before - m_new)
+            phi_k = phi_k * tl.where(folds, tl.exp(log_k - m_new), 0.0)
+            z_new = tl.load(z + place * F + f, mask=f < F, other=0.0) * keep + phi_k
+            S = S * keep + phi_k[:, None] * leaving_v.to(tl.float32)[None, :]
+
+        for g in range(G):
+            xq = tl.load(q + g * q_h + d, mask=d < D, other=0.0).to(tl.float32) * scale
+            s = tl.sum(xq * k_new.to(tl.float32), 0)
+            if SOFTCAP:
+                s = softcap * tanh(s / softcap)
+            top = tl.where(own, s, EMPTY)
+            den = tl.where(own, 1.0, 0.0)
+            acc = v_new.to(tl.float32) * den
+            if BLOCKS == 1:
+                acc, den, top = attend_rows(acc, den, top, xq, ks, vs, seen, softcap, SOFTCAP)
+            if BLOCKS > 1:
+                for block in range(BLOCKS):
+                    more = block * BW + tl.arange(0, BW)
+                    more_age = tl.where(more <= at, at - more, at - more + WINDOW)
+                    more_seen = (more < WINDOW) & (more_age > 0) & (more_age <= p)
+                    mk = load_rows(ring_k + place * WINDOW * D, more, D, more_seen, D, BD)
+                    mv = load_rows(ring_v + place * WINDOW * V + part * BV, more, V, more_seen, V - part * BV, BV)
+                    acc, den, top = attend_rows(acc, den, top, xq, mk, mv, more_seen, softcap, SOFTCAP)
+            if SINKS > 0:
+                acc, den, top = attend_rows(acc, den, top, xq, sks, svs, sink_seen, softcap, SOFTCAP)
+
+            new = tl.maximum(top, EMPTY / 2)
+            if sink_logits is not None:
+                sink_logit = tl.load(sink_logits + head * G + g).to(tl.float32)
+                new = tl.maximum(new, sink_logit)
+            if FAR:
+                if phi is not None:
+                    phi_q = tl.load(qf + row * qf_n + (head * G + g) * qf_h + f, mask=f < F, other=0.0).to(tl.float32)
+                    log_far = m_new
+                    if log_q is not None:
+                        log_far += tl.load(log_q + (row * heads + head) * G + g)
+                else:
+                    query = qf + row * qf_n + (head * G + g) * qf_h
+                    phi_q, log_far = token_features(
+                        query, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
+                        DF, F, PART, BF, ACT,
+                    )  # fmt: skip
+                    log_far += m_new
+                if far_bias is not None:
+                    log_far += tl.load(far_bias + head * G + g).to(tl.float32)
+                mass = tl.sum(phi_q * z_new, 0)
+                new = tl.maximum(new, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
+                take = tl.exp(log_far - new)
+                acc = acc * tl.exp(top - new) + tl.sum(S * phi_q[:, None], 0) * take
+                den = den * tl.exp(top - new) + mass * take
+            else:
+                acc = acc * tl.exp(top - new)
+                den = den * tl.exp(top - new)
+            if sink_logits is not None:
+                den += tl.exp(sink_logit - new)
+            floor = tl.where(den < 0, -DENOMINATOR_FLOOR, DENOMINATOR_FLOOR)
+            acc = acc / tl.where(tl.abs(den) < DENOMINATOR_FLOOR, floor, den)
+            tl.store(out + g * out_h + c, acc.to(out.dtype.element_ty), mask=c < V)
+
+        tl.debug_barrier()
+        if FAR:
+            tl.store(kv + cells, S, mask=real)
+        if WINDOW > 0:
+            tl.store(ring_v + (place * WINDOW + at) * V + c, v_new, mask=c < V)
+        if SINKS > 0:
+            tl.store(sink_v + (place * SINKS + p) * V + c, v_new, mask=c < tl.where(is_sink, V, 0))
+
+    # What all parts have read.
+    if FAR:
+        tl.store(z + place * F + f, z_new, mask=f < F)
+        tl.store(m + place, m_new)
+    if WINDOW > 0:
+        tl.store(ring_k + (place * WINDOW + at) * D + d, k_new, mask=d < D)
+        if ring_f is not None:
+            df = tl.arange(0, BDF)
+            k_far = tl.load(kf + row * kf_n + head * kf_h + df, mask=df < DF, other=0.0)
+            tl.store(ring_f + (place * WINDOW + at) * DF + df, k_far, mask=df < DF)
+        if decay is not None:
+            tl.store(ring_decay + place * WINDOW + at, gate)
+    if SINKS > 0:
+        tl.store(sink_k + (place * SINKS + p) * D + d, k_new, mask=d < tl.where(is_sink, D, 0))
+    tl.store(length + place, p + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- launch
+
+STATE_TILE = 128 * 256
+"""Largest part ``[BF, BV]`` of a state that one program holds in its registers."""
+RING_TILE = 128 * 64
+"""Largest part ``[BW, BD | BV]`` of a ring."""
+WEIGHT_TILE = 128 * 64
+"""Largest part ``[PART, BF]`` of a projection."""
+
+
+@torch.no_grad()
+def decode_step(
+    slots: DecodeSlots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: KernelFeatureMap | Projected | None,
+    decay: Tensor | None = None,
+    far_bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    q_far: Tensor | None = None,
+    k_far: Tensor | None = None,
+    slot_indices: Tensor | None = None,
+    out: Tensor | None = None,
+    num_warps: int | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence, and its entry into the memory, which is changed in place.
+
+    One kernel launch where the map is a :class:`Projected`; without waiting for the device and with all sizes fixed, so
+    it can be captured in a CUDA graph. Not differentiable. Options and results are those of
+    :func:`~linattn.kernels.kernel_attention` with ``T = 1``.
+
+    Args:
+        slots: the memory; it settles the window, the sinks, and whether there is decay or a far branch.
+        q: ``[N, H, D]``. k: ``[N, Hkv, D]``. v: ``[N, Hkv, V]``: float16, bfloat16 or float32, that of the slots.
+        feature_map: φ, or its ``projected()``, made once: then nothing but this kernel runs (``scale`` is required).
+            None if the slots have no features.
+        decay: ``[Hkv]`` or ``[N, Hkv]`` log-gates ≤ 0 of the new tokens.
+        far_bias, sink_logits: ``[H]``. softcap, scale: as in ``kernel_attention``.
+        q_far, k_far: ``[N, H, D']``, ``[N, Hkv, D']`` what the map sees, if not q and k.
+        slot_indices: ``[N]`` int32 or int64, the slot of each row, without repeats; a negative one is an idle row: it
+            answers zero and touches nothing. Default: row i is slot i.
+        out: ``[N, H, V]`` to write to.
+        num_warps: warps of a program. Default by the size of the state.
+
+    Returns:
+        ``[N, H, V]`` in the dtype of v.
+    """
+    _check(slots, q, k, v, feature_map, decay, q_far, k_far, slot_indices, out)
+    if scale is None:
+        if isinstance(feature_map, Projected):
+            raise OptionError("scale: a Projected does not know it; pass scale=feature_map.scale.")
+        scale = q.shape[-1] ** -0.5 if feature_map is None else feature_map.scale
+    return _step(
+        slots, q, k, v, feature_map, decay, far_bias, sink_logits, softcap, scale, q_far, k_far, slot_indices, out,
+        num_warps, autocast_dtype(q),
+    )  # fmt: skip
+
+
+def takes(call: Call) -> bool:
+    """Whether :func:`attend_step` can answer a call: one more token after a state, nothing to roll back or train."""
+    tensors = (call.q, call.k, call.v, call.q_far, call.k_far, call.decay, call.far_bias, call.sink_logits)
+    parameters = getattr(call.feature_map, "parameters", lambda: ())()
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *parameters))
+    if call.state is None or trains or any(t.requires_grad for t in call.state.tensors().values()):
+        return False
+    plain = call.causal and call.mask is None and call.cu_seqlens is None
+    return plain and call.q.shape[1] == 1 and call.lookback == 0 == call.state.lookback
+
+
+@torch.no_grad()
+def attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
+    """A call that :func:`takes` accepts, on a copy of its state."""
+    if call.state is None:
+        raise RuntimeError("attend_step() was called without a state")
+
+    def token(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, 0]
+
+    slots = DecodeSlots.from_state(call.state, dtype=call.k.dtype)
+    out = _step(
+        slots, call.q[:, 0], call.k[:, 0], call.v[:, 0], call.feature_map, token(call.decay), call.far_bias,
+        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None, None,
+        call.autocast,
+    )  # fmt: skip
+    return out[:, None], slots.to_state() if call.return_state else None
+
+
+def _step(
+    slots: DecodeSlots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: KernelFeatureMap | Projected | None,
+    decay: Tensor | None,
+    far_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    q_far: Tensor | None,
+    k_far: Tensor | None,
+    slot_indices: Tensor | None,
+    out: Tensor | None,
+    num_warps: int | None,
+    autocast_to: torch.dtype | None,
+) -> Tensor:
+    n, heads, head_dim = q.shape
+    kv_heads, value_dim, features = k.shape[1], v.shape[2], slots.feature_dim
+    if out is None:
+        out = v.new_empty(n, heads, value_dim)
+    if n == 0:
+        return out
+    qf, kf = q if q_far is None else q_far, k if k_far is None else k_far
+    found = feature_map
+    if found is not None and not isinstance(found, Projected):
+        found = getattr(feature_map, "projected", lambda: None)()
+    phi = log_phi = log_q = None
+    weights: list[Tensor | None] = [None] * 4
+    if found is not None:
+        weights = [None if w is None else w.detach().to(q.device).contiguous() for w in found[1:5]]
+    elif feature_map is not None:
+        at, leaving = _leaving(slots, kf, slot_indices)
+        qf, log_q = _given(feature_map, "queries", qf, at, autocast_to)
+        phi, log_phi = _given(feature_map, "keys", leaving, (at - slots.window).clamp_min(0), autocast_to)
+
+    q, k, v, qf, kf = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, qf, kf))
+    if decay is not None:
+        decay = decay.expand(n, kv_heads)
+    window, sinks = slots.window, slots.sinks
+    bf, bd, bv = (triton.next_power_of_2(max(size, 16)) for size in (features, head_dim, value_dim))
+    while features and bf * bv > STATE_TILE and bv > 16:
+        bv //= 2
+    bw = min(triton.next_power_of_2(max(window, 1)), max(16, RING_TILE // max(bd, bv)))
+    bdf = triton.next_power_of_2(kf.shape[-1])
+    if num_warps is None:
+        num_warps = min(max(bf * bv // 2048, 4), 16) if features else 4
+    weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
+    step_kernel[(n * kv_heads,)](
+        q, q.stride(0), q.stride(1),
+        k, k.stride(0), k.stride(1),
+        v, v.stride(0), v.stride(1),
+        qf, qf.stride(0), qf.stride(1),
+        kf, kf.stride(0), kf.stride(1),
+        phi, log_phi, log_q,
+        weights[0], weights[1], *weight_heads, weights[2], weights[3],
+        far_bias if features else None, sink_logits,
+        decay, *((0, 0) if decay is None else decay.stride()),
+        slots.kv, slots.k, slots.log_scale, slots.length,
+        slots.ring_k, slots.ring_v, slots.ring_far_k, slots.ring_decay, slots.sink_k, slots.sink_v, slot_indices,
+        out, out.stride(0), out.stride(1),
+        scale, softcap or 0.0, found.norm if found is not None else 0.0, found.constant if found is not None else 0.0,
+        kv_heads,
+        G=heads // kv_heads, D=head_dim, V=value_dim, DF=kf.shape[-1], F=features,
+        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=max(1, min(bdf, WEIGHT_TILE // bf)),
+        WINDOW=window, BW=bw, SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
+        FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation], SOFTCAP=bool(softcap),
+        num_warps=num_warps,
+    )  # fmt: skip
+    return out
+
+
+def _leaving(slots: DecodeSlots, kf: Tensor, slot_indices: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Position ``[N]`` of each new token, and the key ``[N, Hkv, D']`` that leaves the window for it."""
+    rows = torch.arange(len(kf), device=kf.device) if slot_indices is None else slot_indices.long().clamp_min(0)
+    at = slots.length[rows, 0]
+    if slots.window == 0:
+        return at, kf
+    ring = slots.ring_k if slots.ring_far_k is None else slots.ring_far_k
+    return at, ring[rows, :, at % slots.window]
+
+
+def _given(
+    feature_map: KernelFeatureMap, kind: str, x: Tensor, positions: Tensor, autocast_to: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Features ``[N, H, F]`` and log-scales ``[N, H]`` of one token a row, from the map itself."""
+    forward = feature_map.forward_queries if kind == "queries" else feature_map.forward_keys
+    with autocast(x, autocast_to):
+        values, log_scale = forward(x[:, None], positions[:, None]) if feature_map.positional else forward(x[:, None])
+    return values[:, 0].contiguous(), None if log_scale is None else log_scale[:, 0].float().contiguous()
+
+
+def _check(
+    slots: DecodeSlots,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: KernelFeatureMap | Projected | None,
+    decay: Tensor | None,
+    q_far: Tensor | None,
+    k_far: Tensor | None,
+    slot_indices: Tensor | None,
+    out: Tensor | None,
+) -> None:
+    kv_heads, head_dim, value_dim = slots.kv.shape[1], slots.ring_k.shape[-1], slots.ring_v.shape[-1]
+    n, heads = q.shape[:2]
+    far_dim = None if slots.ring_far_k is None else slots.ring_far_k.shape[-1]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+        "q": (q, (n, heads, head_dim)),
+        "k": (k, (n, kv_heads, head_dim)),
+        "v": (v, (n, kv_heads, value_dim)),
+        "q_far": (q_far, None if far_dim is None else (n, heads, far_dim)),
+        "k_far": (k_far, None if far_dim is None else (n, kv_heads, far_dim)),
+    }
+    for name, (t, shape) in expected.items():
+        if (t is None) != (shape is None) or (t is not None and t.shape != shape):
+            got = None if t is None else tuple(t.shape)
+            raise ShapeError(f"{name}: got {got}, expected {shape}, which the slots were made for.")
+        if t is not None and t.dtype != slots.ring_k.dtype:
+            raise DtypeError(f"{name}: got {t.dtype}, expected {slots.ring_k.dtype} as in the slots; cast it.")
+    if heads % kv_heads:
+        raise ShapeError(f"q: got {heads} heads, expected a multiple of the slots' {kv_heads} key/value heads.")
+    if (decay is None) != (slots.ring_decay is None):
+        raise StateError(
+            f"decay: {'missing' if decay is None else 'given'}, but the slots were made with "
+            f"decay={slots.ring_decay is not None}."
+        )
+    if decay is not None and decay.shape not in ((kv_heads,), (n, kv_heads)):
+        raise ShapeError(f"decay: got {tuple(decay.shape)}, expected {(kv_heads,)} or {(n, kv_heads)}.")
+    if (feature_map is None) != (slots.feature_dim == 0):
+        raise StateError(f"feature_map: got {feature_map!r} for slots with feature_dim={slots.feature_dim}.")
+    if slot_indices is None:
+        if n != slots.count:
+            raise ShapeError(
+                f"q: got {n} rows for {slots.count} slots; pass slot_indices= to say which slots they are."
+            )
+    elif slot_indices.dtype not in (torch.int32, torch.int64) or slot_indices.shape != (n,):
+        raise ShapeError(
+            f"slot_indices: got {slot_indices.dtype} {tuple(slot_indices.shape)}, expected int32 or int64 {(n,)}."
+        )
+    if out is not None and (out.shape != (n, heads, value_dim) or out.stride(-1) != 1):
+        raise ShapeError(
+            f"out: got {tuple(out.shape)} with strides {out.stride()}, expected {(n, heads, value_dim)} with "
+            "contiguous last dimension."
+        )
