@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn.errors import FeatureMapError, ShapeError, UnsupportedError
+from linattn.kernels.protocols import Projected
 
 
 class Features(NamedTuple):
@@ -105,6 +106,14 @@ class FeatureMap(nn.Module):
         self.check_input("q", q, self.num_heads)
         self.check_input("k", k, self.num_kv_heads)
         return self.forward_queries(q), self.forward_keys(k)
+
+    def projected(self) -> Projected | None:
+        """The same map as a projection and an activation, which GPU kernels compute themselves; None if it is not one.
+
+        Optional: it saves the features' way through memory and must equal :meth:`forward_queries` and
+        :meth:`forward_keys`, gradients of the parameters included.
+        """
+        return None
 
     def check_input(self, argument: str, x: Tensor, heads: int) -> None:
         """Raise :class:`ShapeError` unless ``x`` is ``[B, T, heads, head_dim]``."""

@@ -12,6 +12,7 @@ from linattn.errors import FeatureMapError, ShapeError
 from linattn.feature_maps._numerics import bounded, symmetric_square, widen
 from linattn.feature_maps.base import FeatureMap, Features
 from linattn.feature_maps.registry import register
+from linattn.kernels.protocols import Projected
 
 
 class FixedMap(FeatureMap):
@@ -57,6 +58,9 @@ class ELU(FixedMap):
         wide = widen(x)
         return Features((wide.clamp_max(0).exp() + wide.relu()).to(x.dtype))
 
+    def projected(self) -> Projected:
+        return Projected("elu")
+
 
 @register
 class ReLU(FixedMap):
@@ -83,6 +87,9 @@ class ReLU(FixedMap):
 
     def features(self, x: Tensor) -> Features:
         return Features(x.relu())
+
+    def projected(self) -> Projected:
+        return Projected("relu")
 
 
 @register
@@ -150,6 +157,19 @@ class Taylor2(FixedMap):
         y = widen(x) * math.sqrt(self.scale)
         quadratic = symmetric_square(y) * math.sqrt(0.5)
         return bounded(torch.cat([torch.ones_like(y[..., :1]), y, quadratic], dim=-1), x.dtype)
+
+    def projected(self) -> Projected:
+        # Every feature is a product of two affine functions: 1 · 1, y_i · 1, and y_i · y_j with its weight.
+        eye = torch.eye(self.head_dim) * math.sqrt(self.scale)
+        i, j = torch.triu_indices(self.head_dim, self.head_dim)
+        linear = torch.cat([torch.zeros(self.head_dim, 1), eye], -1)
+        weight = ((1 + (i != j)) / 2).sqrt()
+        first, second = torch.cat([linear, eye[:, i] * weight], -1), torch.cat([linear * 0, eye[:, j]], -1)
+        ones = torch.ones(self.head_dim + 1)
+        ones_first = torch.cat([(ones.cumsum(0) == 1).float(), torch.zeros(len(i))])
+        bias = torch.stack([ones_first, torch.cat([ones, torch.zeros(len(i))])])[:, None]
+        both = torch.stack([first, second])[:, None]
+        return Projected("product", both, both, bias, bias)
 
 
 @register

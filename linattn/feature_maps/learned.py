@@ -17,6 +17,7 @@ from linattn.feature_maps._numerics import bounded, bounded_exp, per_head, symme
 from linattn.feature_maps.base import FeatureMap, Features
 from linattn.feature_maps.projections import draw_projection
 from linattn.feature_maps.registry import register
+from linattn.kernels.protocols import Projected
 
 _START: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
@@ -110,6 +111,10 @@ class Hedgehog(LearnedMap):
         projected = per_head(x, parameters["weight"])
         return Features(torch.cat([projected, -projected], dim=-1).softmax(-1).to(x.dtype))
 
+    def projected(self) -> Projected:
+        query, key = (torch.cat([p["weight"], -p["weight"]], -1)[None] for p in (self.query, self.key))
+        return Projected("softmax", query, key)
+
 
 @register
 class T2R(LearnedMap):
@@ -154,6 +159,10 @@ class T2R(LearnedMap):
 
     def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
         return Features((per_head(x, parameters["weight"]) + parameters["bias"]).relu().to(x.dtype))
+
+    def projected(self) -> Projected:
+        query, key = self.query, self.key
+        return Projected("relu", query["weight"][None], key["weight"][None], query["bias"][None], key["bias"][None])
 
     def options(self) -> dict[str, Any]:
         return {"num_features": self.num_features}
@@ -321,6 +330,18 @@ class Exponential(LearnedMap):
         logits = per_head(y, parameters["weight"]) + parameters["bias"]
         log_scale = -0.5 * y.square().sum(-1) - 0.5 * math.log(self.num_features)
         return bounded_exp(logits, log_scale, x.dtype)
+
+    def projected(self) -> Projected:
+        root, (query, key) = math.sqrt(self.scale), (self.query, self.key)
+        return Projected(
+            "exp",
+            query["weight"][None].float() * root,
+            key["weight"][None].float() * root,
+            query["bias"][None],
+            key["bias"][None],
+            norm=0.5 * self.scale,
+            constant=-0.5 * math.log(self.num_features),
+        )
 
     def options(self) -> dict[str, Any]:
         return {"num_features": self.num_features}

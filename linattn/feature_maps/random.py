@@ -18,6 +18,7 @@ from linattn.feature_maps._samples import scaled_samples
 from linattn.feature_maps.base import FeatureMap, Features
 from linattn.feature_maps.projections import check_kind, draw_projection
 from linattn.feature_maps.registry import register
+from linattn.kernels.protocols import Projected
 
 
 class RandomFeatureMap(FeatureMap):
@@ -147,6 +148,10 @@ class FavorPlus(RandomFeatureMap):
     def _features(self, x: Tensor, dtype: torch.dtype) -> Features:
         return bounded_exp(self._project(x), self._log_mean - x.square().sum(-1) / 2, dtype)
 
+    def projected(self) -> Projected:
+        weight = (self.omega.T * self.scale**0.5)[None, None]
+        return Projected("exp", weight, weight, norm=0.5 * self.scale, constant=self._log_mean)
+
 
 @register
 class FavorPlusHyperbolic(RandomFeatureMap):
@@ -176,6 +181,12 @@ class FavorPlusHyperbolic(RandomFeatureMap):
         z = self._project(x)
         log_scale = self._log_mean - math.log(2) / 2 - x.square().sum(-1) / 2
         return bounded_exp(torch.cat([z, -z], dim=-1), log_scale, dtype)
+
+    def projected(self) -> Projected:
+        root = self.omega.T * self.scale**0.5
+        weight = torch.cat([root, -root], -1)[None, None]
+        constant = self._log_mean - math.log(2) / 2
+        return Projected("exp", weight, weight, norm=0.5 * self.scale, constant=constant)
 
 
 @register

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from linattn.errors import FeatureMapError, OptionError
+from linattn.errors import FeatureMapError, OptionError, UnsupportedError
 from linattn.kernels import chunked, reference
 from linattn.kernels.precision import autocast
 from linattn.kernels.validate import Call
@@ -16,9 +16,19 @@ from linattn.state import AttentionState
 
 logger = logging.getLogger("linattn")
 
+
+def _triton(call: Call) -> tuple[Tensor, AttentionState | None]:
+    try:
+        from linattn.kernels.triton import backend
+    except ImportError as error:
+        raise UnsupportedError(f"impl='triton': Triton cannot be imported ({error}); use impl='chunked'.") from error
+    return backend.attend(call)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, AttentionState | None]]] = {
     "reference": reference.attend,
     "chunked": chunked.attend,
+    "triton": _triton,
 }
 _announced: set[str] = set()
 

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Projected(NamedTuple):
+    """A map that a kernel can compute from the raw input: φ(x) = exp(log_scale) · activation(x W + c).
+
+    ``softmax`` runs over the features; ``exp`` keeps its largest exponent in the log-scale, which is
+    ``top − norm · |x|² + constant``; ``product`` multiplies two projections, W_0 and W_1; ``elu`` is elu + 1.
+
+    Attributes:
+        activation: the function of the projection, or of x itself without weights.
+        query_weight: ``[parts, H | 1, D, F]`` or None. key_weight: ``[parts, Hkv | 1, D, F]`` or None.
+        query_bias: ``[parts, H | 1, F]`` or None. key_bias: ``[parts, Hkv | 1, F]`` or None.
+        norm, constant: of ``exp``.
+    """
+
+    activation: Literal["relu", "elu", "softmax", "exp", "product"]
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    norm: float = 0.0
+    constant: float = 0.0
 
 
 class KernelFeatureMap(Protocol):

@@ -1,0 +1,321 @@
+"""What every kernel here shares: sequences and segments, features of raw inputs, and one chunk's step of the memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EMPTY = tl.constexpr(-1e30)
+"""Log-weight of nothing, as linattn.state.EMPTY_LOG_SCALE."""
+FAR_FLOOR = tl.constexpr(1e-30)
+DENOMINATOR_FLOOR = tl.constexpr(1e-4)
+
+GIVEN = tl.constexpr(0)
+RELU = tl.constexpr(1)
+ELU = tl.constexpr(2)
+SOFTMAX = tl.constexpr(3)
+EXP = tl.constexpr(4)
+PRODUCT = tl.constexpr(5)
+
+ACTIVATIONS = {"given": 0, "relu": 1, "elu": 2, "softmax": 3, "exp": 4, "product": 5}
+
+
+@triton.jit
+def locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED: tl.constexpr):
+    """Segment ``pid``: its sequence, number in it, batch row, first token's slot, tokens and first position."""
+    if PACKED:
+        n = tl.load(seg_sequence + pid)
+        s = pid - tl.load(seg_first + n)
+        row = n * 0
+        start = tl.load(starts + n)
+        length = tl.load(lengths + n).to(tl.int32)
+    else:
+        n = pid // segments
+        s = pid % segments
+        row = n
+        start = n.to(tl.int64) * 0
+        if lengths is None:
+            length = (n * 0 + T).to(tl.int32)
+        else:
+            length = tl.load(lengths + n).to(tl.int32)
+    if bases is None:
+        base = n * 0
+    else:
+        base = tl.load(bases + n).to(tl.int32)
+    return n, s, row, start, length, base
+
+
+@triton.jit
+def load_rows(base, rows, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at ``rows``, zeros elsewhere."""
+    columns = tl.arange(0, BLOCK)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if BLOCK == WIDTH:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    return tl.load(pointers, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = valid[:, None] & (columns < WIDTH)[None, :] if BLOCK != WIDTH else valid[:, None]
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_weight(w, head, part, heads, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
+    """``[BD, BF]`` of the projections ``[parts, heads, D, F]``."""
+    d = tl.arange(0, BD)
+    f = tl.arange(0, BF)
+    pointers = w + ((part * heads + head) * D + d[:, None]) * F + f[None, :]
+    return tl.load(pointers, mask=(d < D)[:, None] & (f < F)[None, :], other=0.0)
+
+
+@triton.jit
+def load_bias(c, head, part, heads, F: tl.constexpr, BF: tl.constexpr):
+    f = tl.arange(0, BF)
+    return tl.load(c + (part * heads + head) * F + f, mask=f < F, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_map(
+    w,
+    low,
+    c,
+    head,
+    heads,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """The projections of one head, their low parts and biases: (w0, w1, l0, l1, c0, c1); a number where there is none.
+
+    Weights wider than the tensor cores' operands come as two terms: the rounded weight and what rounding took.
+    """
+    w0 = 0.0
+    w1 = 0.0
+    l0 = 0.0
+    l1 = 0.0
+    c0 = 0.0
+    c1 = 0.0
+    if w is not None:
+        w0 = load_weight(w, head, 0, heads, D, F, BD, BF)
+        if low is not None:
+            l0 = load_weight(low, head, 0, heads, D, F, BD, BF)
+        if ACT == PRODUCT:
+            w1 = load_weight(w, head, 1, heads, D, F, BD, BF)
+            if low is not None:
+                l1 = load_weight(low, head, 1, heads, D, F, BD, BF)
+    if c is not None:
+        c0 = load_bias(c, head, 0, heads, F, BF)
+        if ACT == PRODUCT:
+            c1 = load_bias(c, head, 1, heads, F, BF)
+    return w0, w1, l0, l1, c0, c1
+
+
+@triton.jit
+def project(x, w, low, c, LOW: tl.constexpr, BIAS: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr):
+    """x W + c."""
+    z = tl.dot(x.to(OT), w.to(OT), input_precision=PRECISION)
+    if LOW:
+        z = tl.dot(x.to(OT), low.to(OT), z, input_precision=PRECISION)
+    if BIAS:
+        z += c[None, :]
+    return z
+
+
+@triton.jit
+def features(
+    x,
+    w0,
+    w1,
+    l0,
+    l1,
+    c0,
+    c1,
+    norm,
+    constant,
+    F: tl.constexpr,
+    BF: tl.constexpr,
+    ACT: tl.constexpr,
+    PROJECT: tl.constexpr,
+    LOW: tl.constexpr,
+    BIAS: tl.constexpr,
+    OT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Features ``[C, BF]`` and log-scale ``[C]`` of inputs ``x [C, BD]``; padded features are zero.
+
+    Computed ones are float32; given ones stay as they are.
+    """
+    log_scale = tl.zeros([x.shape[0]], tl.float32)
+    if PROJECT:
+        z = project(x, w0, l0, c0, LOW, BIAS, OT, PRECISION)
+    else:
+        z = x.to(tl.float32)
+    real = tl.arange(0, BF) < F
+    if ACT == GIVEN:
+        phi = x
+    elif ACT == RELU:
+        phi = tl.maximum(z, 0.0)
+    elif ACT == ELU:
+        phi = tl.exp(tl.minimum(z, 0.0)) + tl.maximum(z, 0.0)
+        if BF != F:
+            phi = tl.where(real[None, :], phi, 0.0)
+    elif ACT == SOFTMAX:
+        if BF != F:
+            z = tl.where(real[None, :], z, EMPTY)
+        phi = tl.exp(z - tl.max(z, 1)[:, None])
+        phi = phi * (1.0 / tl.sum(phi, 1))[:, None]
+    elif ACT == EXP:
+        if BF != F:
+            z = tl.where(real[None, :], z, EMPTY)
+        top = tl.max(z, 1)
+        phi = tl.exp(z - top[:, None])
+        wide = x.to(tl.float32)
+        log_scale = top - norm * tl.sum(wide * wide, 1) + constant
+    else:
+        phi = z * project(x, w1, l1, c1, LOW, BIAS, OT, PRECISION)
+        top = tl.maximum(tl.max(tl.abs(phi), 1), 1.0)
+        phi = phi / top[:, None]
+        log_scale = tl.log(top)
+    return phi, log_scale
+
+
+@triton.jit
+def features_backward(
+    x,
+    phi,
+    dphi,
+    w0,
+    w1,
+    l0,
+    l1,
+    c0,
+    c1,
+    norm,
+    ACT: tl.constexpr,
+    PROJECT: tl.constexpr,
+    LOW: tl.constexpr,
+    BIAS: tl.constexpr,
+    OT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of x ``[C, BD]`` and of both projections' outputs ``[C, BF]``, float32, from that of the features.
+
+    Log-scales cancel: the gradient of exp(log_scale) · φ is given relative to exp(log_scale).
+    """
+    dz1 = 0.0
+    if ACT == GIVEN:
+        dz = dphi
+    elif ACT == RELU:
+        dz = tl.where(phi > 0, dphi, 0.0)
+    elif ACT == ELU:
+        dz = dphi * tl.minimum(phi, 1.0)
+    elif ACT == SOFTMAX:
+        dz = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
+    elif ACT == EXP:
+        dz = phi * dphi
+    else:
+        z0 = project(x, w0, l0, c0, LOW, BIAS, OT, PRECISION)
+        z1 = project(x, w1, l1, c1, LOW, BIAS, OT, PRECISION)
+        shrunk = dphi / tl.maximum(tl.max(tl.abs(z0 * z1), 1), 1.0)[:, None]
+        dz = shrunk * z1
+        dz1 = shrunk * z0
+    if PROJECT:
+        dx = tl.dot(dz.to(OT), tl.trans(w0.to(OT)), input_precision=PRECISION)
+        if ACT == PRODUCT:
+            dx += tl.dot(dz1.to(OT), tl.trans(w1.to(OT)), input_precision=PRECISION)
+    else:
+        dx = dz
+    if ACT == EXP:
+        dx -= (2.0 * norm * tl.sum(dz, 1))[:, None] * x.to(tl.float32)
+    return dx, dz, dz1
+
+
+@triton.jit
+def gates(decay, rows, stride, valid):
+    """Running log-decay ``[C]`` within the chunk, each token's own gate included, and the chunk's total.
+
+    float64: differences of later tokens stay exact behind a gate that forgets everything.
+    """
+    g = tl.load(decay + rows.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float64)
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def differences(g):
+    """g_t − g_i ``[C, C]`` in float32 of float64 sums ``g [C]``, as exact as the difference is small."""
+    high = g.to(tl.float32)
+    low = (g - high.to(tl.float64)).to(tl.float32)
+    return (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+
+
+@triton.jit
+def load_memory(
+    kv, k, m, place, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, LOG: tl.constexpr
+):
+    """A memory as the kernels hold it: transposed sums ``[BV, BF]``, normaliser ``[BF]`` and log-scale; empty if None."""
+    S = tl.zeros([BV, BF], tl.float32)
+    z = tl.zeros([BF], tl.float32)
+    top = tl.full([], 0.0, tl.float32)
+    if LOG:
+        top += EMPTY
+    if kv is not None:
+        f = tl.arange(0, BF)
+        v = tl.arange(0, BV)
+        S += tl.load(
+            kv + (place * F + f[None, :]) * V + v[:, None], mask=(f < F)[None, :] & (v < V)[:, None], other=0.0
+        )
+        z += tl.load(k + place * F + f, mask=f < F, other=0.0)
+        if LOG:
+            top = tl.load(m + place)
+    return S, z, top
+
+
+@triton.jit
+def fold_chunk(
+    S,
+    z,
+    m,
+    phi,
+    y,
+    log_weight,
+    weight,
+    z_weight,
+    gate,
+    LOG: tl.constexpr,
+    DECAY: tl.constexpr,
+    PLAIN: tl.constexpr,
+    OT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The memory after one more chunk, which stands nearer to the reader by ``gate``.
+
+    S ``[BV, BF]``, z ``[BF]`` relative to exp(m); tokens weigh exp(log_weight) · weight (times z_weight in z). PLAIN:
+    ``phi`` is zero where ``weight`` is, and all other weights are one. S is transposed and the weights go to the
+    features, so that the values reach the tensor cores as they were loaded.
+    """
+    if LOG:
+        new = tl.maximum(m + gate, tl.max(tl.where(weight != 0, log_weight, EMPTY), 0))
+        keep = tl.exp(m + gate - new)
+        weight = tl.where(weight != 0, weight * tl.exp(log_weight - new), 0.0)
+        S = S * keep
+        z = z * keep
+        m = new
+    elif DECAY:
+        keep = tl.exp(gate)
+        weight = weight * tl.exp(log_weight)
+        S = S * keep
+        z = z * keep
+    if PLAIN and not LOG and not DECAY:
+        z += tl.sum(phi.to(tl.float32), 0)
+        S = tl.dot(tl.trans(y.to(OT)), phi.to(OT), S, input_precision=PRECISION)
+    else:
+        weighted = phi.to(tl.float32) * weight[:, None]
+        z += tl.sum(weighted * z_weight[:, None], 0)
+        S = tl.dot(tl.trans(y.to(OT)), weighted.to(OT), S, input_precision=PRECISION)
+    return S, z, m

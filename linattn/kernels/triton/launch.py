@@ -1,0 +1,609 @@
+"""One call of the kernels: tensors and options in, launches out. No autograd and no checks here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from linattn.kernels.triton import backward, fold, forward
+from linattn.kernels.triton.config import Config
+from linattn.kernels.triton.device import ACTIVATIONS
+
+
+class Inputs(NamedTuple):
+    """Tensors of a call, in the order of the operator's schema. None where absent.
+
+    Attributes:
+        q: ``[B, T, H, D]``. k: ``[B, T, Hkv, D]``. v: ``[B, T, Hkv, V]``. Packed sequences have B = 1. A call whose
+            queries read nothing but a state has no k and v.
+        q_far, k_far: ``[B, T, H | Hkv, D']`` inputs of the map, or the features themselves; None: q and k.
+        query_weight, key_weight, query_bias, key_bias: as in :class:`linattn.kernels.protocols.Projected`.
+        query_log, key_log: ``[B, T, H]``, ``[B, T, Hkv]`` float32 log-scales of given features.
+        far_bias, sink_logits: ``[H]`` float32. decay: ``[B, T, Hkv]`` float32.
+        sink_k, sink_v: ``[N, S, Hkv, D | V]``.
+        state_kv, state_k, state_m: ``[N, Hkv, F, V]``, ``[N, Hkv, F]``, ``[N, Hkv]`` float32: the memory before each
+            sequence, seen from its first token; without log-scales relative to one.
+        starts: ``[N + 1]`` first slot of each packed sequence. lengths: ``[N (+ 1)]`` tokens. bases: ``[N (+ 1)]``
+            position of the first token. seg_sequence: ``[segments]`` and seg_first: ``[N + 1]`` of packed sequences. All
+            int64 but the last two, which are int32. Packed, entry N stands for nothing: it has no tokens.
+    """
+
+    q: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    q_far: Tensor | None = None
+    k_far: Tensor | None = None
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    query_log: Tensor | None = None
+    key_log: Tensor | None = None
+    far_bias: Tensor | None = None
+    sink_logits: Tensor | None = None
+    decay: Tensor | None = None
+    sink_k: Tensor | None = None
+    sink_v: Tensor | None = None
+    state_kv: Tensor | None = None
+    state_k: Tensor | None = None
+    state_m: Tensor | None = None
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+    bases: Tensor | None = None
+    seg_sequence: Tensor | None = None
+    seg_first: Tensor | None = None
+
+
+FIRST_TABLE = Inputs._fields.index("starts")
+"""Inputs from here on are integers without gradient."""
+
+
+class Options(NamedTuple):
+    """What the kernels are compiled for, beside shapes."""
+
+    window: int
+    sinks: int
+    far: bool
+    features: int
+    """F; 0 without a far branch."""
+    value_dim: int
+    activation: str
+    key_log: bool
+    """The map has log-scales: sums keep a running maximum."""
+    scale: float
+    softcap: float
+    """0 for none."""
+    norm: float
+    constant: float
+    strict: bool
+    """Exclude each query's own token."""
+    segment: int
+    """Tokens of a segment."""
+
+
+class Stats(NamedTuple):
+    """What the backward pass needs beside inputs and output.
+
+    Attributes:
+        top: ``[B, T, H]`` float32 log-scale of each row's weights; ``[0]`` where it is zero throughout.
+        rden: ``[B, T, H]`` float32, one over the normaliser relative to exp(top); 0 in rows without weight.
+        residual: ``[B, T, H, V]`` what rounding took from the output; ``[0]`` in float32.
+        kv, k, m: memory before each segment, ``[segments, Hkv, F, V]`` and so on; ``[0]`` where it is the given state.
+    """
+
+    top: Tensor
+    rden: Tensor
+    residual: Tensor
+    kv: Tensor
+    k: Tensor
+    m: Tensor
+
+
+class Memory(NamedTuple):
+    kv: Tensor
+    k: Tensor
+    m: Tensor
+
+
+def block(width: int) -> int:
+    """Columns of a tile that holds ``width`` of them."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` with contiguous last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def precision(dtype: torch.dtype) -> dict[str, Any]:
+    """The tensor cores' operand type and precision for inputs of ``dtype``.
+
+    float16 goes through tf32, which has its mantissa and a range that sums over tokens do not leave.
+    """
+    if dtype == torch.bfloat16:
+        return {"OT": triton.language.bfloat16, "PRECISION": "ieee"}
+    if dtype == torch.float16:
+        return {"OT": triton.language.float32, "PRECISION": "tf32"}
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return {"OT": triton.language.float32, "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+class _Shape(NamedTuple):
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    far_dim: int
+    sequences: int
+    segments: int
+    """Of each sequence; of all, if packed."""
+    total: int
+    packed: bool
+    top: bool
+
+
+def shape_of(x: Inputs, o: Options) -> _Shape:
+    batch, length, heads, head_dim = x.q.shape
+    packed = x.seg_first is not None
+    if x.k is not None:
+        kv_heads = x.k.shape[2]
+    else:
+        assert x.state_kv is not None
+        kv_heads = x.state_kv.shape[1]
+    far_dim = head_dim if x.q_far is None else x.q_far.shape[-1]
+    sequences = x.seg_first.shape[0] - 1 if x.seg_first is not None else batch
+    segments = x.seg_sequence.shape[0] if x.seg_sequence is not None else -(-length // o.segment)
+    total = segments if packed else sequences * segments
+    top = o.key_log or o.window > 0 or o.sinks > 0 or x.sink_logits is not None
+    return _Shape(
+        batch, length, heads, kv_heads, head_dim, o.value_dim, far_dim, sequences, segments, total, packed, top
+    )  # fmt: skip
+
+
+def _dims(s: _Shape, o: Options) -> dict[str, Any]:
+    features = max(o.features, 1)
+    return {
+        "H": s.heads,
+        "G": s.heads // s.kv_heads,
+        "D": s.head_dim,
+        "V": s.value_dim,
+        "DF": s.far_dim,
+        "F": features,
+        "BD": block(s.head_dim),
+        "BV": block(s.value_dim),
+        "BDF": block(s.far_dim),
+        "BF": block(features),
+        "WINDOW": o.window,
+        "SINKS": o.sinks,
+        "FAR": o.far,
+        "STRICT": o.strict,
+        "ACT": ACTIVATIONS[o.activation],
+        "KLOG": o.key_log,
+        "TOP": s.top,
+        "SOFTCAP": o.softcap > 0,
+        "PACKED": s.packed,
+    }
+
+
+def _tables(x: Inputs) -> tuple[Tensor | None, ...]:
+    return x[FIRST_TABLE:]
+
+
+def _heads_of(weight: Tensor | None, bias: Tensor | None) -> int:
+    found = weight if weight is not None else bias
+    return 1 if found is None else found.shape[1]
+
+
+def _weights(x: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Projections of queries and keys as tensor cores take them, and what rounding took from each."""
+    query, key = x.query_weight, x.key_weight
+    if x.q.dtype != torch.bfloat16 or query is None or key is None or query.dtype == key.dtype == torch.bfloat16:
+        return query, key, None, None
+    high = [w.to(torch.bfloat16) for w in (query, key)]
+    low = [(w - h).to(torch.bfloat16) for w, h in zip((query, key), high, strict=True)]
+    return high[0], high[1], low[0], low[1]
+
+
+def reach_tokens(window: int, chunk: int) -> int:
+    """Tokens by which the memory lags: whole chunks that hold the window."""
+    return (window + chunk - 2) // chunk * chunk if window > 1 else 0
+
+
+def _fold(x: Inputs, o: Options, s: _Shape, c: Config, lag: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each segment's own memory of keys: kv, k, m and its total decay."""
+    assert x.v is not None
+    source = x.k_far if x.k_far is not None else x.k
+    assert source is not None
+    new = x.v.new_empty
+    kv = new(s.total, s.kv_heads, o.features, s.value_dim, dtype=torch.float32)
+    k = new(s.total, s.kv_heads, o.features, dtype=torch.float32)
+    m = new((s.total, s.kv_heads) if o.key_log else (0,), dtype=torch.float32)
+    gate = new((s.total, s.kv_heads) if x.decay is not None else (0,), dtype=torch.float32)
+    fold.fold_kernel[(s.kv_heads, s.total)](
+        source, *strides(source), x.v, *strides(x.v),
+        *_weights(x)[1::2], _heads_of(x.key_weight, x.key_bias), x.key_bias,
+        x.key_log, None, None, None, None,
+        x.decay, *strides(x.decay),
+        *_tables(x),
+        kv, k, m, gate,
+        o.norm, o.constant, s.length, s.segments, o.segment,
+        H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
+        BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, REACH_TOKENS=lag,
+        SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOG=o.key_log, TOP=False, REVERSE=False, PACKED=s.packed,
+        num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype),
+    )  # fmt: skip
+    return kv, k, m, gate
+
+
+def _scan(
+    parts: tuple[Tensor, Tensor, Tensor, Tensor],
+    start: Memory | None,
+    x: Inputs,
+    s: _Shape,
+    *,
+    log: bool,
+    reverse: bool,
+    end: bool,
+) -> tuple[Memory, Memory | None]:
+    """Memories before (in reverse: after) each segment, in place, and the sum of them all if ``end``."""
+    kv, k, m, gate = parts
+    features, value_dim = kv.shape[2:]
+    out_m = torch.empty_like(m)
+    total = None
+    if end:
+        n = s.sequences
+        total = Memory(
+            kv.new_empty(n, *kv.shape[1:]), k.new_empty(n, *k.shape[1:]), m.new_empty((n, s.kv_heads) if log else (0,))
+        )
+    rows_at_once = max(1, min(block(features), 4096 // block(value_dim)))
+    fold.scan_kernel[(triton.cdiv(features, rows_at_once), s.kv_heads, s.sequences)](
+        kv, k, m, gate,
+        *((None, None, None) if start is None else start),
+        kv, k, out_m,
+        *((None, None, None) if total is None else total),
+        s.segments, x.seg_first, s.kv_heads,
+        F=features, V=value_dim, BF=rows_at_once, BV=block(value_dim),
+        LOG=log, DECAY=x.decay is not None, REVERSE=reverse, PACKED=s.packed, num_warps=4,
+    )  # fmt: skip
+    return Memory(kv, k, out_m), total
+
+
+def _start(x: Inputs) -> Memory | None:
+    if x.state_kv is None or x.state_k is None:
+        return None
+    return Memory(x.state_kv, x.state_k, x.state_m if x.state_m is not None else x.state_k)
+
+
+def _memory_before(x: Inputs, o: Options, s: _Shape, found: Memory) -> tuple[Tensor | None, ...]:
+    """The memory before each segment, as the kernels take it."""
+    if not o.far:
+        return None, None, None
+    if found.kv.numel():
+        return found
+    start = _start(x)
+    if start is not None and s.packed:
+        owner = x.seg_sequence.clamp_max(s.sequences - 1)  # type: ignore[union-attr]
+        return tuple(t[owner] for t in start)
+    if start is not None and s.segments > 1:  # queries alone: every segment reads the same
+        return tuple(t.repeat_interleave(s.segments, 0) for t in start)
+    return start or (None, None, None)
+
+
+def final_memory(x: Inputs, o: Options, c: Config) -> tuple[Memory, Tensor]:
+    """The memory after each sequence's ``lengths`` keys, the state before it included, and each segment's decay.
+
+    ``q`` stands for heads only: it is not read.
+    """
+    s = shape_of(x, o)
+    parts = _fold(x, o, s, c, 0)
+    _, end = _scan(parts, _start(x), x, s, log=o.key_log, reverse=False, end=True)
+    assert end is not None
+    return end, parts[3]
+
+
+def final_memory_backward(
+    x: Inputs, o: Options, c: Config, end: Memory, gate: Tensor, dkv: Tensor, dk: Tensor, needs: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """Gradients by input name, of a final memory's gradient ``dkv [N, Hkv, F, V]``, ``dk [N, Hkv, F]``."""
+    assert x.k is not None and x.v is not None
+    s = shape_of(x, o)
+    dtype, device = x.v.dtype, x.v.device
+    f32 = {"dtype": torch.float32, "device": device}
+    start = Memory(dkv.contiguous(), dk.contiguous(), -end.m if o.key_log else end.m)
+    parts = (
+        torch.zeros(s.total, *dkv.shape[1:], **f32),
+        torch.zeros(s.total, *dk.shape[1:], **f32),
+        torch.full((s.total, s.kv_heads), -1e30, **f32) if o.key_log else torch.empty(0, **f32),
+        gate,
+    )
+    memory, total = _scan(parts, start, x, s, log=o.key_log, reverse=True, end=True)
+    assert total is not None
+    shared = x.k_far is None
+    k_far = x.k if x.k_far is None else x.k_far
+    grads: dict[str, Tensor | None] = {}
+    dx = torch.zeros(s.batch, s.length, s.kv_heads, s.far_dim, dtype=dtype, device=device)
+    dv = torch.zeros(s.batch, s.length, s.kv_heads, s.value_dim, dtype=dtype, device=device)
+    dlog = torch.zeros(s.batch, s.length, s.kv_heads, **f32) if needs["key_log"] or needs["decay"] else None
+    heads = _heads_of(x.key_weight, x.key_bias)
+    dw = dc = None
+    if x.key_weight is not None and (needs["key_weight"] or needs["key_bias"]):
+        parts_of_map = x.key_weight.shape[0]
+        dw = torch.zeros(s.total, s.kv_heads, parts_of_map, s.far_dim, o.features, **f32)
+        dc = None if x.key_bias is None else torch.zeros(s.total, s.kv_heads, parts_of_map, o.features, **f32)
+    dims = _dims(s, o) | {"WINDOW": 0, "TOP": o.key_log, "H": s.kv_heads, "G": 1}
+    backward.dkv_kernel[(s.kv_heads, s.total)](
+        k_far, 0, 0, 0, x.k, *strides(x.k), x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
+        *(w for w in _weights(x)[1::2] for _ in range(2)), heads, heads, x.key_bias, x.key_bias,
+        None, x.key_log, None,
+        x.decay, *strides(x.decay),
+        *memory,
+        *_tables(x),
+        None, None, None, None,
+        dx if shared else None, dv, None if shared else dx, dlog, dw, dc,
+        o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
+        C=c.chunk, QUERIES=False, **dims, **precision(dtype), num_warps=c.dkv_warps, num_stages=c.dkv_stages,
+    )  # fmt: skip
+    grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dx, dv, dlog
+    if dw is not None:
+        grads["key_weight"] = _sum_heads(dw, heads, x.key_weight)
+        grads["key_bias"] = None if dc is None else _sum_heads(dc, heads, x.key_bias)
+    begin: Tensor | float = 0.0
+    if x.state_kv is not None and x.state_k is not None:
+        factor = 1.0 if x.state_m is None or not o.key_log else (total.m + x.state_m).clamp(max=80.0).exp()
+        state_kv = total.kv * (factor if isinstance(factor, float) else factor[..., None, None])
+        state_k = total.k * (factor if isinstance(factor, float) else factor[..., None])
+        grads["state_kv"], grads["state_k"] = state_kv, state_k
+        begin = (state_kv * x.state_kv).sum((2, 3)) + (state_k * x.state_k).sum(2)  # [N, Hkv]
+    if needs["decay"]:
+        assert dlog is not None
+        grads["decay"] = _sums_before(dlog, begin, x)
+    return grads
+
+
+def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor, Stats]:
+    """Output ``[B, T, H, V]`` and what the backward pass needs (if ``training``)."""
+    s = shape_of(x, o)
+    device, dtype = x.q.device, x.q.dtype
+    out = torch.empty(s.batch, s.length, s.heads, s.value_dim, dtype=dtype, device=device)
+    rounds = training and dtype != torch.float32
+    residual = torch.empty(out.shape if rounds else (0,), dtype=dtype, device=device)
+    rden = torch.empty(s.batch, s.length, s.heads, dtype=torch.float32, device=device)
+    top = torch.empty(rden.shape if s.top else (0,), dtype=torch.float32, device=device)
+    if x.lengths is not None:  # slots of no sequence
+        out.zero_()
+        residual.zero_()
+        rden.zero_()
+        top.zero_()
+    nothing = torch.empty(0, dtype=torch.float32, device=device)
+    found = Memory(nothing, nothing, nothing)
+    if o.far and x.v is not None and (s.segments > 1 or s.packed):
+        lag = reach_tokens(o.window, c.chunk)
+        found, _ = _scan(_fold(x, o, s, c, lag), _start(x), x, s, log=o.key_log, reverse=False, end=False)
+    memory = _memory_before(x, o, s, found)
+    k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
+    q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
+    forward.attend_kernel[(s.heads, s.total)](
+        x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+        *_weights(x), _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
+        x.query_bias, x.key_bias,
+        x.query_log, x.key_log, x.far_bias, x.sink_logits,
+        x.decay, *strides(x.decay), x.sink_k, x.sink_v,
+        *memory,
+        *_tables(x),
+        out, residual if rounds else None, top, rden,
+        o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
+        C=c.chunk, BS=block(o.sinks), KEYS=x.k is not None, **_dims(s, o), **precision(dtype),
+        num_warps=c.forward_warps, num_stages=c.forward_stages,
+    )  # fmt: skip
+    return out, Stats(top, rden, residual, *found)
+
+
+def attend_backward(
+    x: Inputs, o: Options, c: Config, out: Tensor, stats: Stats, dout: Tensor, needs: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """Gradients by input name, for those that ``needs`` marks."""
+    s = shape_of(x, o)
+    device, dtype = x.q.device, x.q.dtype
+    dout = dout.contiguous()
+    f32 = {"dtype": torch.float32, "device": device}
+    grads: dict[str, Tensor | None] = {}
+    delta = torch.empty_like(stats.rden)
+    count = delta.numel()
+    if count:
+        backward.delta_kernel[(triton.cdiv(count, 64),)](
+            out,
+            stats.residual if stats.residual.numel() else None,
+            dout,
+            stats.rden,
+            delta,
+            count,
+            V=s.value_dim,
+            BV=block(s.value_dim),
+            R=64,
+            TOP=s.top,
+        )
+    if x.sink_logits is not None and needs["sink_logits"]:
+        weight = (x.sink_logits.float() - stats.top).exp() * stats.rden
+        grads["sink_logits"] = -(weight * delta).sum((0, 1))
+
+    shared = x.q_far is None
+    keys = x.k is not None
+    k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
+    q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
+    query_heads, key_heads = _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias)
+    weights = _weights(x)
+    near = o.window > 0 or o.sinks > 0
+    zeroed = x.lengths is not None
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.zeros if zeroed else torch.empty)(shape, dtype=dtype, device=device)
+
+    # Queries.
+    dq = make(s.batch, s.length, s.heads, s.head_dim) if shared or near else None
+    dq_far = None if shared or not o.far else make(s.batch, s.length, s.heads, s.far_dim)
+    wants_log = o.far and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias"))
+    dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32) if wants_log else None
+    parts = 2 if o.activation == "product" else 1
+
+    def share(weight: Tensor | None, bias: Tensor | None, names: tuple[str, str], heads: int) -> tuple[Any, Any]:
+        if weight is None or not (needs[names[0]] or needs[names[1]]):
+            return None, None
+        dw = make(s.total, heads, parts, s.far_dim, o.features, dtype=torch.float32)
+        return dw, None if bias is None else make(s.total, heads, parts, o.features, dtype=torch.float32)
+
+    dwq, dcq = share(x.query_weight, x.query_bias, ("query_weight", "query_bias"), s.heads)
+    dsink_k = make(s.total, s.heads, o.sinks, s.head_dim, dtype=torch.float32) if o.sinks else None
+    dsink_v = make(s.total, s.heads, o.sinks, s.value_dim, dtype=torch.float32) if o.sinks else None
+    dims = _dims(s, o)
+    backward.dq_kernel[(s.heads, s.total)](
+        x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+        *weights, query_heads, key_heads, x.query_bias, x.key_bias,
+        x.query_log, x.key_log, x.far_bias,
+        x.decay, *strides(x.decay), x.sink_k, x.sink_v,
+        *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
+        *_tables(x),
+        dout, stats.top, stats.rden, delta,
+        dq, dq_far, dlog_q, dwq, dcq, dsink_k, dsink_v,
+        o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
+        C=c.chunk, BS=block(o.sinks), KEYS=keys, **dims, **precision(dtype),
+        num_warps=c.dq_warps, num_stages=c.dq_stages,
+    )  # fmt: skip
+    grads["q"], grads["q_far"] = dq, dq_far
+    if o.sinks:
+        assert dsink_k is not None and dsink_v is not None and x.sink_k is not None and x.sink_v is not None
+        grads["sink_k"] = _sum_segments(dsink_k, x, s, x.sink_k)
+        grads["sink_v"] = _sum_segments(dsink_v, x, s, x.sink_v)
+    if dwq is not None:
+        grads["query_weight"] = _sum_heads(dwq, query_heads, x.query_weight)
+        grads["query_bias"] = None if dcq is None else _sum_heads(dcq, query_heads, x.query_bias)
+
+    # Keys, with the queries' memory after each segment.
+    memory = end = None
+    want_state = start_given = x.state_kv is not None and o.far
+    want_state = start_given and (needs["state_kv"] or needs["state_k"])
+    if o.far and ((keys and (s.segments > 1 or s.packed)) or want_state):
+        new = x.q.new_empty
+        kv = new(s.total, s.kv_heads, o.features, s.value_dim, **f32)
+        kz = new(s.total, s.kv_heads, o.features, **f32)
+        m = new((s.total, s.kv_heads) if s.top else (0,), **f32)
+        gate = new((s.total, s.kv_heads) if x.decay is not None else (0,), **f32)
+        lag = reach_tokens(o.window, c.chunk) if keys else 0
+        fold.fold_kernel[(s.kv_heads, s.total)](
+            q_far, *strides(q_far), dout, *strides(dout),
+            *weights[::2], query_heads, x.query_bias,
+            x.query_log, x.far_bias, stats.top, stats.rden, delta,
+            x.decay, *strides(x.decay),
+            *_tables(x),
+            kv, kz, m, gate,
+            o.norm, o.constant, s.length, s.segments, o.segment,
+            H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
+            BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, REACH_TOKENS=lag,
+            SINKS=0, ACT=ACTIVATIONS[o.activation], LOG=s.top, TOP=s.top, REVERSE=True, PACKED=s.packed,
+            num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype),
+        )  # fmt: skip
+        memory, end = _scan((kv, kz, m, gate), None, x, s, log=s.top, reverse=True, end=want_state)
+    if want_state:
+        assert end is not None
+        factor: Tensor | float = 1.0
+        if s.top:
+            log = end.m if x.state_m is None else end.m + x.state_m
+            factor = log.clamp(max=80.0).exp()
+            factor = torch.where(end.m > -1e29, factor, 0.0)
+        grads["state_kv"] = end.kv * (factor[..., None, None] if s.top else 1.0)  # type: ignore[index]
+        grads["state_k"] = end.k * (factor[..., None] if s.top else 1.0)  # type: ignore[index]
+
+    dlog_k = None
+    if keys:
+        dk = make(s.batch, s.length, s.kv_heads, s.head_dim) if shared or o.window else None
+        dv = make(s.batch, s.length, s.kv_heads, s.value_dim)
+        dk_far = None if shared or not o.far else make(s.batch, s.length, s.kv_heads, s.far_dim)
+        wants = o.far and (needs["key_log"] or needs["decay"])
+        dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32) if wants else None
+        dwk, dck = share(x.key_weight, x.key_bias, ("key_weight", "key_bias"), s.kv_heads)
+        if o.window or o.far:
+            backward.dkv_kernel[(s.kv_heads, s.total)](
+                x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+                *weights, query_heads, key_heads, x.query_bias, x.key_bias,
+                x.query_log, x.key_log, x.far_bias,
+                x.decay, *strides(x.decay),
+                *((None, None, None) if memory is None else memory),
+                *_tables(x),
+                dout, stats.top, stats.rden, delta,
+                dk, dv, dk_far, dlog_k, dwk, dck,
+                o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
+                C=c.chunk, QUERIES=True, **dims, **precision(dtype),
+                num_warps=c.dkv_warps, num_stages=c.dkv_stages,
+            )  # fmt: skip
+        else:
+            dk, dv = None, None
+        grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
+        if dwk is not None:
+            grads["key_weight"] = _sum_heads(dwk, key_heads, x.key_weight)
+            grads["key_bias"] = None if dck is None else _sum_heads(dck, key_heads, x.key_bias)
+
+    if dlog_q is not None:
+        if needs["far_bias"]:
+            grads["far_bias"] = dlog_q.sum((0, 1))
+        if needs["query_log"]:
+            grads["query_log"] = dlog_q
+        if needs["key_log"]:
+            grads["key_log"] = dlog_k
+        if needs["decay"]:
+            grads["decay"] = _suffix_sums(dlog_q, dlog_k, x, s)
+    return grads
+
+
+def _sum_segments(d: Tensor, x: Inputs, s: _Shape, like: Tensor) -> Tensor:
+    """Shares ``[segments, H, S, ·]`` of the sinks' gradient to ``[N, S, Hkv, ·]``."""
+    d = d.unflatten(1, (s.kv_heads, -1)).sum(2)  # [segments, Hkv, S, ·]
+    if x.seg_sequence is None:
+        d = d.unflatten(0, (s.sequences, s.segments)).sum(1)
+    else:
+        found = d.new_zeros(s.sequences + 1, *d.shape[1:])
+        d = found.index_add(0, x.seg_sequence.long(), d)[: s.sequences]
+    return d.transpose(1, 2).to(like.dtype)
+
+
+def _sum_heads(d: Tensor, heads: int, like: Tensor | None) -> Tensor:
+    """Shares ``[segments, H, parts, ...]`` of a map's gradient to ``[parts, heads, ...]``."""
+    assert like is not None
+    d = d.sum(0)
+    if heads == 1:
+        d = d.sum(0, keepdim=True)
+    return d.transpose(0, 1).to(like.dtype)
+
+
+def _suffix_sums(d: Tensor, minus: Tensor | None, x: Inputs, s: _Shape) -> Tensor:
+    """Σ from each token to its sequence's end of ``d [B, T, H]``, summed per key head, less ``minus [B, T, Hkv]``."""
+    out = d.new_zeros(*d.shape[:2], s.kv_heads)
+    backward.suffix_kernel[(s.kv_heads, s.sequences)](
+        d, minus, out, x.lengths, x.starts, s.length, s.kv_heads,
+        G=s.heads // s.kv_heads, BLOCK=1024, PACKED=s.packed, MINUS=minus is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _sums_before(d: Tensor, begin: Tensor | float, x: Inputs) -> Tensor:
+    """``begin [N, Hkv]`` plus Σ of ``d [B, T, Hkv]`` over the tokens before each in its sequence; 0 behind its end."""
+    total = d.double().cumsum(1) - d.double()
+    slots = torch.arange(d.shape[1], device=d.device)
+    if x.starts is not None and x.lengths is not None:
+        owner = (torch.searchsorted(x.starts[:-1].contiguous(), slots, right=True) - 1).clamp_min(0)
+        total = total - total[0, x.starts[:-1].clamp_max(d.shape[1] - 1)][owner][None]
+        inside = (slots < (x.starts + x.lengths)[owner])[None, :, None]
+        first = begin if isinstance(begin, float) else begin[owner][None]
+    else:
+        inside = torch.ones_like(slots, dtype=torch.bool)[None, :, None]
+        if x.lengths is not None:
+            inside = (slots < x.lengths[:, None])[..., None]
+        first = begin if isinstance(begin, float) else begin[:, None]
+    return torch.where(inside, total + first, 0.0).to(torch.float32)
