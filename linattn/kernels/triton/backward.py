@@ -312,10 +312,11 @@ def dq_kernel(
                 )  # fmt: skip
 
         if SINKS > 0:
-            gap = (base + rows)[:, None] - sink_at[None, :]
-            seen = (gap >= WINDOW) & (sink_at < SINKS)[None, :]
-            if STRICT:
-                seen = seen & (gap > 0)
+            if KEYS:
+                gap = (base + rows)[:, None] - sink_at[None, :]
+                seen = (gap >= WINDOW) & (sink_at < SINKS)[None, :]
+            else:  # every query reads all keys, of which there are ``base``
+                seen = (rows[:, None] >= 0) & (sink_at < tl.minimum(base, SINKS))[None, :]
             raw = tl.dot(xq.to(OT), tl.trans(sk.to(OT)), input_precision=PRECISION) * scale
             p, slope = exact_weights(raw, seen, row_top[:, None], row_rden[:, None], softcap, SOFTCAP)
             e = tl.dot(xdo.to(OT), tl.trans(sv.to(OT)), input_precision=PRECISION) - row_delta[:, None]

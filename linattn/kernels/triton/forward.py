@@ -283,10 +283,11 @@ def attend_kernel(
                 )  # fmt: skip
 
         if SINKS > 0:
-            gap = (base + rows)[:, None] - sink_at[None, :]
-            seen = (gap >= WINDOW) & (sink_at < SINKS)[None, :]
-            if STRICT:
-                seen = seen & (gap > 0)
+            if KEYS:
+                gap = (base + rows)[:, None] - sink_at[None, :]
+                seen = (gap >= WINDOW) & (sink_at < SINKS)[None, :]
+            else:  # every query reads all keys, of which there are ``base``
+                seen = (rows[:, None] >= 0) & (sink_at < tl.minimum(base, SINKS))[None, :]
             logits = exact_logits(xq, sk, seen, scale, softcap, SOFTCAP, OT, PRECISION)
             acc, den, top = accumulate(acc, den, top, logits, sv, OT, PRECISION)
 
