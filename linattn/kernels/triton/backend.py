@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ def refusal(call: Call) -> str | None:
     widest = max(call.q.shape[-1], call.v.shape[-1])
     if call.window + call.sinks and widest > MOST_DIM:
         return f"head_dim or value_dim {widest} is more than {MOST_DIM}"
+    if not call.causal and 0 < call.window < call.sinks:
+        return f"bidirectional attention with {call.sinks} sinks needs a window of at least as many tokens"
     return None
 
 
@@ -79,6 +82,13 @@ class Rows:
             "seg_sequence": torch.searchsorted(seg_first[1:], pids, right=True).to(torch.int32),
             "seg_first": seg_first.to(torch.int32),
         }
+
+    def reversal(self, count: int, tokens: int) -> Tensor:
+        """``[count · tokens]`` slot that stands in each slot's place when every sequence runs backwards."""
+        slots = torch.arange(count * tokens, device=self.first.device)
+        owner = torch.searchsorted(self.first.contiguous(), slots, right=True) - 1
+        first, length = self.first[owner], self.length[owner]
+        return torch.where(slots < first + length, 2 * first + length - 1 - slots, slots)
 
     def gather(self, x: Tensor, ranks: Tensor) -> Tensor:
         """Tokens ``ranks [N, M]`` of each sequence from ``x [R, L, ...]``; zeros where there is no such token."""
@@ -130,7 +140,7 @@ def _attend_causal(call: Call) -> tuple[Tensor, AttentionState | None]:
     ring = None if state is None else state.recent_k
     q, k = place(call.q, blank(call.q, ring)), place(call.k, ring)
     v = place(call.v, None if state is None else state.recent_v)
-    assert q is not None and k is not None and v is not None
+    assert q is not None and k is not None and v is not None  # noqa: PT018
     far_ring = None if state is None else state.recent_far_k
     q_far, k_far = place(call.q_far, blank(call.q_far, far_ring)), place(call.k_far, far_ring)
     decay = place(call.decay, None if state is None else state.recent_decay)
@@ -150,7 +160,7 @@ def _attend_causal(call: Call) -> tuple[Tensor, AttentionState | None]:
         **mapped.inputs, **r.tables(r.length, tokens, segment),
     )  # fmt: skip
     options = _options(call, mapped, segment)
-    out = _sliced(inputs, options, config)
+    out = _in_slices(ops.attend, inputs, options, config)
     if r.layout is not None:
         out = r.layout.collect(out, *call.q.shape[:2])
     if not call.return_state:
@@ -174,7 +184,15 @@ class _Mapped:
     constant: float = 0.0
 
 
-def _map(call: Call, q: Tensor, k: Tensor, q_far: Tensor | None, k_far: Tensor | None, r: Rows) -> _Mapped:
+def _map(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    q_far: Tensor | None,
+    k_far: Tensor | None,
+    r: Rows,
+    query_positions: Tensor | None = None,
+) -> _Mapped:
     """Inside the kernels if the map is a projection and an activation, else as given features."""
     if call.feature_map is None:
         return _Mapped({}, "given", 0, False)
@@ -189,8 +207,9 @@ def _map(call: Call, q: Tensor, k: Tensor, q_far: Tensor | None, k_far: Tensor |
             found.norm,
             found.constant,
         )
-    positions = _positions(call, r, q)
-    phi_q, log_q = _features(call, "queries", q if q_far is None else q_far, positions)
+    positions = _positions(call, r, k)
+    at = positions if query_positions is None else query_positions
+    phi_q, log_q = _features(call, "queries", q if q_far is None else q_far, at)
     phi_k, log_k = _features(call, "keys", k if k_far is None else k_far, positions)
     log_scaled = log_k is not None
     given = {"q_far": phi_q, "k_far": phi_k, "query_log": log_q, "key_log": log_k}
@@ -280,11 +299,17 @@ def _options(call: Call, mapped: _Mapped, segment: int, *, strict: bool = False)
     )
 
 
-def _sliced(x: Inputs, o: Options, c: Config) -> Tensor:
+def _value_slice(features: int) -> int:
+    return max(16, STATE_TILE // block(max(features, 1)))
+
+
+def _in_slices(
+    attend: Callable[[Inputs, Options, Config], Tensor], x: Inputs, o: Options, c: Config, width: int | None = None
+) -> Tensor:
     """Attention with values in slices that fit a program's registers; each slice has the same weights."""
-    width = max(16, STATE_TILE // block(max(o.features, 1)))
+    width = width or _value_slice(o.features)
     if o.value_dim <= width or not o.far:
-        return ops.attend(x, o, c)
+        return attend(x, o, c)
     outs = []
     for start in range(0, o.value_dim, width):
         stop = min(start + width, o.value_dim)
@@ -293,7 +318,7 @@ def _sliced(x: Inputs, o: Options, c: Config) -> Tensor:
             return None if t is None else t[..., start:stop]
 
         part = x._replace(v=cut(x.v), sink_v=_contiguous(cut(x.sink_v)), state_kv=_contiguous(cut(x.state_kv)))
-        outs.append(ops.attend(part, o._replace(value_dim=stop - start), c))
+        outs.append(attend(part, o._replace(value_dim=stop - start), c))
     return torch.cat(outs, -1)
 
 
@@ -302,7 +327,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _final_state(call: Call, r: Rows, x: Inputs, o: Options, c: Config) -> AttentionState:
-    assert x.k is not None and x.v is not None
+    assert x.k is not None and x.v is not None  # noqa: PT018
     length = r.base + r.length
     folded = torch.maximum(r.base, length - call.ring)
     last = length[:, None] - call.ring + torch.arange(call.ring, device=x.k.device) - r.base[:, None]
@@ -350,7 +375,7 @@ def _far_ring(call: Call, r: Rows, last: Tensor) -> Tensor:
 
 
 def _sliced_memory(x: Inputs, o: Options, c: Config) -> Memory:
-    width = max(16, STATE_TILE // block(o.features))
+    width = _value_slice(o.features)
     if o.value_dim <= width:
         return ops.final_memory(x, o, c)
     assert x.v is not None
@@ -365,4 +390,74 @@ def _sliced_memory(x: Inputs, o: Options, c: Config) -> Memory:
 
 
 def _attend_both_ways(call: Call) -> Tensor:
-    raise UnsupportedError("impl='triton': bidirectional")
+    """Bidirectional and cross attention."""
+    if call.window == 0:
+        return _attend_all(call)
+    r = _rows(call)
+
+    def place(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return rows(x) if r.layout is None else r.layout.place(x)
+
+    q, k, v = place(call.q), place(call.k), place(call.v)
+    assert q is not None and k is not None and v is not None  # noqa: PT018
+    mapped = _map(call, q, k, place(call.q_far), place(call.k_far), r)
+    sink_k, sink_v = _sinks(call, r, k, v)
+    config = Config()
+    tokens, heads = q.shape[1], q.shape[2]
+    segment = segment_tokens(tokens, heads * (1 if r.packed else q.shape[0]), config)
+    inputs = Inputs(
+        q=q, k=k, v=v, sink_k=sink_k, sink_v=sink_v,
+        far_bias=_float(call.far_bias) if call.feature_map is not None else None,
+        sink_logits=_float(call.sink_logits),
+        **mapped.inputs, **r.tables(r.length, tokens, segment),
+    )  # fmt: skip
+    reverse = r.reversal(q.shape[0], tokens)
+    options = _options(call, mapped, segment)
+    out = _in_slices(lambda x, o, c: ops.attend_both_ways(x, reverse, o, c), inputs, options, config)
+    return out if r.layout is None else r.layout.collect(out, *call.q.shape[:2])
+
+
+def _attend_all(call: Call) -> Tensor:
+    """Without a window every query reads one memory of all keys."""
+    keys = dataclasses.replace(call, q=call.k[:, :0], state=None)
+    r = _rows(keys)
+
+    def place(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return rows(x) if r.layout is None else r.layout.place(x)
+
+    k, v = place(call.k), place(call.v)
+    assert k is not None and v is not None  # noqa: PT018
+    q, q_far = rows(call.q), None if call.q_far is None else rows(call.q_far)
+    config = Config()
+    queries = _rows(dataclasses.replace(call, k=call.q, mask=None))
+    at = _positions(call, queries, q)
+    if call.mask is not None and q.shape[1] == call.k.shape[1]:
+        at = (call.mask.cumsum(1) - 1).clamp_min(0)
+    mapped = _map(call, q, k, q_far, place(call.k_far), r, query_positions=at)
+    names = ("k_far", "key_weight", "key_bias", "key_log")
+    memory: dict[str, Tensor | None] = {}
+    width = _value_slice(mapped.features)
+    if call.feature_map is not None:
+        segment = segment_tokens(k.shape[1], k.shape[2] * k.shape[0], config)
+        tables = r.tables(r.length, k.shape[1], segment)
+        x = Inputs(q=k, k=k, v=v, **{n: mapped.inputs.get(n) for n in names}, **tables)
+        found = _sliced_memory(x, _options(call, mapped, segment), config)
+        memory = {"state_kv": found.kv, "state_k": found.k, "state_m": found.m if mapped.key_log_scaled else None}
+    sink_k, sink_v = _sinks(call, r, k, v)
+    segment = segment_tokens(q.shape[1], q.shape[2] * q.shape[0], config)
+    tables = queries.tables(queries.length, q.shape[1], segment)
+    tables["bases"] = F.pad(r.length, (0, 1)) if r.packed else r.length
+    x = Inputs(
+        q=q, sink_k=sink_k, sink_v=sink_v,
+        far_bias=_float(call.far_bias) if call.feature_map is not None else None,
+        sink_logits=_float(call.sink_logits),
+        **{n: t for n, t in mapped.inputs.items() if n not in ("k_far", "key_log")}, **memory, **tables,
+    )  # fmt: skip
+    if call.feature_map is None:
+        x = x._replace(state_kv=v.new_zeros(x.q.shape[0], k.shape[2], 1, 1, dtype=torch.float32))
+    options = _options(call, mapped, segment)
+    return _in_slices(ops.attend, x, options, config, width)

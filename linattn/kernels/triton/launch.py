@@ -159,7 +159,8 @@ def shape_of(x: Inputs, o: Options) -> _Shape:
     else:
         assert x.state_kv is not None
         kv_heads = x.state_kv.shape[1]
-    far_dim = head_dim if x.q_far is None else x.q_far.shape[-1]
+    far = x.q_far if x.q_far is not None else x.k_far
+    far_dim = head_dim if far is None else far.shape[-1]
     sequences = x.seg_first.shape[0] - 1 if x.seg_first is not None else batch
     segments = x.seg_sequence.shape[0] if x.seg_sequence is not None else -(-length // o.segment)
     total = segments if packed else sequences * segments
