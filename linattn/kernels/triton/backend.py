@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import torch
@@ -22,13 +23,15 @@ from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
 MOST_FEATURES = 512
 MOST_DIM = 256
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+"""Triton's interpreter runs the kernels on the CPU; it is chosen before Triton is imported."""
 STATE_TILE = 128 * 128
 """Features times value columns of one program's memory; wider values are attended in slices."""
 
 
 def refusal(call: Call) -> str | None:
     """Why these kernels cannot run a call, or None."""
-    if call.q.device.type != "cuda" and not _interpreted():
+    if call.q.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {call.q.device}; Triton kernels need a GPU"
     if call.q.dtype == torch.float64:
         return "float64 is the reference's; use float32, float16 or bfloat16"
@@ -40,12 +43,6 @@ def refusal(call: Call) -> str | None:
     if not call.causal and 0 < call.window < call.sinks:
         return f"bidirectional attention with {call.sinks} sinks needs a window of at least as many tokens"
     return None
-
-
-def _interpreted() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 @dataclasses.dataclass(frozen=True)

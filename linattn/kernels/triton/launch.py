@@ -151,6 +151,11 @@ class _Shape(NamedTuple):
     top: bool
 
 
+def has_top(x: Inputs, o: Options) -> bool:
+    """Whether rows have a log-scale of their own."""
+    return o.key_log or o.window > 0 or o.sinks > 0 or x.sink_logits is not None
+
+
 def shape_of(x: Inputs, o: Options) -> _Shape:
     batch, length, heads, head_dim = x.q.shape
     packed = x.seg_first is not None
@@ -164,9 +169,8 @@ def shape_of(x: Inputs, o: Options) -> _Shape:
     sequences = x.seg_first.shape[0] - 1 if x.seg_first is not None else batch
     segments = x.seg_sequence.shape[0] if x.seg_sequence is not None else -(-length // o.segment)
     total = segments if packed else sequences * segments
-    top = o.key_log or o.window > 0 or o.sinks > 0 or x.sink_logits is not None
     return _Shape(
-        batch, length, heads, kv_heads, head_dim, o.value_dim, far_dim, sequences, segments, total, packed, top
+        batch, length, heads, kv_heads, head_dim, o.value_dim, far_dim, sequences, segments, total, packed, has_top(x, o)
     )  # fmt: skip
 
 
@@ -284,6 +288,16 @@ def _start(x: Inputs) -> Memory | None:
     return Memory(x.state_kv, x.state_k, x.state_m if x.state_m is not None else x.state_k)
 
 
+def memory_before(x: Inputs, o: Options, c: Config) -> Memory:
+    """The memory before each segment, each tensor ``[0]`` where it is the given state or nothing."""
+    s = shape_of(x, o)
+    if o.far and x.v is not None and (s.segments > 1 or s.packed):
+        lag = reach_tokens(o.window, c.chunk)
+        return _scan(_fold(x, o, s, c, lag), _start(x), x, s, log=o.key_log, reverse=False, end=False)[0]
+    nothing = torch.empty(0, dtype=torch.float32, device=x.q.device)
+    return Memory(nothing, nothing, nothing)
+
+
 def _memory_before(x: Inputs, o: Options, s: _Shape, found: Memory) -> tuple[Tensor | None, ...]:
     """The memory before each segment, as the kernels take it."""
     if not o.far:
@@ -311,15 +325,25 @@ def final_memory(x: Inputs, o: Options, c: Config) -> tuple[Memory, Tensor]:
     return end, parts[3]
 
 
+def segment_gates(x: Inputs, o: Options, c: Config) -> Tensor:
+    """Each segment's total decay ``[segments, Hkv]``, ``[0]`` without."""
+    if x.decay is None:
+        return torch.empty(0, dtype=torch.float32, device=x.q.device)
+    return _fold(x, o, shape_of(x, o), c, 0)[3]
+
+
 def final_memory_backward(
-    x: Inputs, o: Options, c: Config, end: Memory, gate: Tensor, dkv: Tensor, dk: Tensor, needs: dict[str, bool]
+    x: Inputs, o: Options, c: Config, m: Tensor, gate: Tensor, dkv: Tensor, dk: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor | None]:
-    """Gradients by input name, of a final memory's gradient ``dkv [N, Hkv, F, V]``, ``dk [N, Hkv, F]``."""
+    """Gradients by input name, of a final memory's gradient ``dkv [N, Hkv, F, V]``, ``dk [N, Hkv, F]``.
+
+    ``m``: the final memory's log-scale. ``gate``: the segments' decay, see :func:`segment_gates`.
+    """
     assert x.k is not None and x.v is not None
     s = shape_of(x, o)
     dtype, device = x.v.dtype, x.v.device
     f32 = {"dtype": torch.float32, "device": device}
-    start = Memory(dkv.contiguous(), dk.contiguous(), -end.m if o.key_log else end.m)
+    start = Memory(dkv.contiguous(), dk.contiguous(), -m)
     parts = (
         torch.zeros(s.total, *dkv.shape[1:], **f32),
         torch.zeros(s.total, *dk.shape[1:], **f32),
@@ -384,11 +408,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         residual.zero_()
         rden.zero_()
         top.zero_()
-    nothing = torch.empty(0, dtype=torch.float32, device=device)
-    found = Memory(nothing, nothing, nothing)
-    if o.far and x.v is not None and (s.segments > 1 or s.packed):
-        lag = reach_tokens(o.window, c.chunk)
-        found, _ = _scan(_fold(x, o, s, c, lag), _start(x), x, s, log=o.key_log, reverse=False, end=False)
+    found = memory_before(x, o, c)
     memory = _memory_before(x, o, s, found)
     k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
     q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far

@@ -1,7 +1,13 @@
-"""The kernels as differentiable operators: eagerly a plain autograd function, in a compiled graph a custom operator."""
+"""The kernels as differentiable operators: eagerly plain autograd functions, in a compiled graph custom operators.
+
+Three of them: attention, attention both ways (bidirectional with a window), and the memory after a sequence. A compiled
+graph sees ``torch.ops.linattn.*``, whose outputs have shapes that depend on shapes of inputs alone; eager calls skip
+their dispatch, which costs more than a small kernel.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +17,46 @@ from linattn.kernels.triton import launch
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.launch import FIRST_TABLE, Inputs, Memory, Options, Stats
 
-OPTIONS = len(Options._fields)
+COUNT = len(Inputs._fields)
+_PER_TOKEN = ("q", "k", "v", "q_far", "k_far", "query_log", "key_log")
 
 
 def attend(x: Inputs, o: Options, c: Config) -> Tensor:
     """Attention ``[B, T, H, V]``, differentiable by every floating point input."""
     if torch.compiler.is_compiling():
-        return _attend_op(*x, *_encode(o, c))[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x[:FIRST_TABLE]):
+        return _call(torch.ops.linattn.attend, x, o, c)[0]
+    if _differentiable(x):
         return _Attend.apply(o, c, *x)[0]
     return launch.attend(x, o, c, training=False)[0]
+
+
+def attend_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> Tensor:
+    """Bidirectional attention with a window: every token sees those before it, itself, and those after it.
+
+    ``reverse [R · L]`` is the slot that stands in each slot's place when every sequence runs backwards.
+    """
+    if torch.compiler.is_compiling():
+        return _call(torch.ops.linattn.attend_both_ways, x, o, c, reverse)[0]
+    return _BothWays.apply(o, c, reverse, *x)[0]
+
+
+def final_memory(x: Inputs, o: Options, c: Config) -> Memory:
+    """The memory after all keys; kv and k are differentiable, the log-scale is a constant they are relative to."""
+    if torch.compiler.is_compiling():
+        return Memory(*_call(torch.ops.linattn.final_memory, x, o, c)[:3])
+    return Memory(*_Fold.apply(o, c, *x)[:3])
+
+
+def _differentiable(x: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x[:FIRST_TABLE])
+
+
+def _needs(needs: tuple[bool, ...]) -> dict[str, bool]:
+    return dict(zip(Inputs._fields, needs, strict=True))
+
+
+def _chosen(grads: dict[str, Tensor | None], needs: dict[str, bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grads.get(name) if needs[name] else None for name in Inputs._fields)
 
 
 class _Attend(torch.autograd.Function):
@@ -41,95 +77,37 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        count = len(Inputs._fields)
         if dout is None:
-            return (None,) * (count + 2)
-        x, out, stats = Inputs(*saved[:count]), saved[count], Stats(*saved[count + 1 :])
-        needs = dict(zip(Inputs._fields, ctx.needs_input_grad[2:], strict=True))
-        grads = launch.attend_backward(x, ctx.options, ctx.config, out, stats, dout, needs)
-        return (None, None, *(grads.get(name) if needs[name] else None for name in Inputs._fields))
-
-
-def attend_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> Tensor:
-    """Bidirectional attention with a window: every token sees those before it, itself, and those after it.
-
-    ``reverse [R · L]`` is the slot that stands in each slot's place when every sequence runs backwards.
-    """
-    return _BothWays.apply(o, c, reverse, *x)
-
-
-def _backwards(x: Inputs, reverse: Tensor) -> Inputs:
-    """The same tokens from last to first. No sinks: those after a token lie in its window."""
-    turned = {name: _turn(getattr(x, name), reverse) for name in _PER_TOKEN}
-    return x._replace(**turned, sink_k=None, sink_v=None, sink_logits=None)
-
-
-_PER_TOKEN = ("q", "k", "v", "q_far", "k_far", "query_log", "key_log")
-
-
-def _turn(t: Tensor | None, reverse: Tensor) -> Tensor | None:
-    return None if t is None else t.flatten(0, 1)[reverse].view(t.shape)
+            return (None,) * (COUNT + 2)
+        saved = ctx.saved_tensors
+        x, out, stats = Inputs(*saved[:COUNT]), saved[COUNT], Stats(*saved[COUNT + 1 :])
+        needs = _needs(ctx.needs_input_grad[2:])
+        return None, None, *_chosen(launch.attend_backward(x, ctx.options, ctx.config, out, stats, dout, needs), needs)
 
 
 class _BothWays(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, o: Options, c: Config, reverse: Tensor, *tensors: Tensor | None) -> Tensor:
-        x = Inputs(*tensors)  # type: ignore[arg-type]
-        back = _backwards(x, reverse)
-        out, stats = launch.attend(x, o, c, training=True)
-        out_back, stats_back = launch.attend(back, o._replace(strict=True, sinks=0), c, training=True)
-        parts = []
-        for t, s, turned in ((out, stats, False), (out_back, stats_back, True)):
-            wide = t.float() + s.residual if s.residual.numel() else t.float()
-            found = (wide, s.top, torch.where(s.rden == 0, 0.0, 1 / s.rden))
-            parts.append([_turn(y, reverse) for y in found] if turned else list(found))
-        (first, top_first, mass_first), (second, top_second, mass_second) = parts
-        top = torch.maximum(
-            top_first.masked_fill(mass_first == 0, -1e30), top_second.masked_fill(mass_second == 0, -1e30)
-        )
-        weights = [m * (t - top).clamp(max=0).exp() for m, t in ((mass_first, top_first), (mass_second, top_second))]
-        mass = weights[0] + weights[1]
-        rden = torch.where(mass == 0, 0.0, 1 / mass)
-        wide = (first * weights[0][..., None] + second * weights[1][..., None]) * rden[..., None]
-        out = wide.to(x.q.dtype)
-        residual = (wide - out.float()).to(out.dtype) if out.dtype != torch.float32 else stats.residual
+    def forward(o: Options, c: Config, reverse: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _both_ways(Inputs(*tensors), reverse, o, c)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        o, c, reverse, *tensors = inputs
         ctx.options, ctx.config = o, c
-        memories = (*stats[3:], *stats_back[3:])
-        ctx.save_for_backward(*tensors, reverse, out, residual, top, rden, *memories)
-        return out
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, reverse, *output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        count = len(Inputs._fields)
-        x, saved = Inputs(*ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
-        reverse, out, residual, top, rden, *memories = saved
-        needs = dict(zip(Inputs._fields, ctx.needs_input_grad[3:], strict=True))
-        o, c = ctx.options, ctx.config
-        stats = Stats(top, rden, residual, *memories[:3])
-        grads = launch.attend_backward(x, o, c, out, stats, dout, needs)
-        turned = [_turn(t, reverse) if t.numel() else t for t in (top, rden, residual)]
-        back = launch.attend_backward(
-            _backwards(x, reverse),
-            o._replace(strict=True, sinks=0),
-            c,
-            _turn(out, reverse),  # type: ignore[arg-type]
-            Stats(*turned, *memories[3:]),  # type: ignore[arg-type]
-            _turn(dout, reverse),  # type: ignore[arg-type]
-            needs | {"sink_logits": False, "sink_k": False, "sink_v": False},
-        )
-        for name, g in back.items():
-            if g is not None:
-                g = _turn(g, reverse) if name in _PER_TOKEN else g
-                known = grads.get(name)
-                grads[name] = g if known is None else known + g
-        return (None, None, None, *(grads.get(name) if needs[name] else None for name in Inputs._fields))
-
-
-def final_memory(x: Inputs, o: Options, c: Config) -> Memory:
-    """The memory after all keys; kv and k are differentiable, the log-scale is a constant they are relative to."""
-    return Memory(*_Fold.apply(o, c, *x)[:3])
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * (COUNT + 3)
+        saved = ctx.saved_tensors
+        x, reverse, output = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1 :]
+        needs = _needs(ctx.needs_input_grad[3:])
+        grads = _both_ways_backward(x, reverse, ctx.options, ctx.config, output, dout, needs)
+        return None, None, None, *_chosen(grads, needs)
 
 
 class _Fold(torch.autograd.Function):
@@ -150,17 +128,228 @@ class _Fold(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dkv: Tensor, dk: Tensor, *_: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        count = len(Inputs._fields)
-        x, m, gate = Inputs(*saved[:count]), saved[count], saved[count + 1]
-        needs = dict(zip(Inputs._fields, ctx.needs_input_grad[2:], strict=True))
-        end = Memory(dkv, dk, m)
-        grads = launch.final_memory_backward(x, ctx.options, ctx.config, end, gate, dkv, dk, needs)
-        return (None, None, *(grads.get(name) if needs[name] else None for name in Inputs._fields))
+        x, m, gate = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1]
+        needs = _needs(ctx.needs_input_grad[2:])
+        grads = launch.final_memory_backward(x, ctx.options, ctx.config, m, gate, dkv, dk, needs)
+        return None, None, *_chosen(grads, needs)
 
 
-def _encode(o: Options, c: Config) -> tuple[Any, ...]:
-    raise NotImplementedError
+# ---------------------------------------------------------------------------------------------------- both ways
 
 
-def _attend_op(*args: Any) -> tuple[Tensor, ...]:
-    raise NotImplementedError
+def _turn(t: Tensor, reverse: Tensor) -> Tensor:
+    return t.flatten(0, 1)[reverse].view(t.shape)
+
+
+def _backwards(x: Inputs, reverse: Tensor) -> Inputs:
+    """The same tokens from last to first. No sinks: those after a token lie in its window."""
+    found = {name: getattr(x, name) for name in _PER_TOKEN}
+    turned = {name: None if t is None else _turn(t, reverse) for name, t in found.items()}
+    return x._replace(**turned, sink_k=None, sink_v=None, sink_logits=None)
+
+
+def _both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tensor, ...]:
+    """Output, statistics of the joint normaliser, and the memories of both directions."""
+    out, stats = launch.attend(x, o, c, training=True)
+    back = launch.attend(_backwards(x, reverse), o._replace(strict=True, sinks=0), c, training=True)
+
+    def parts(out: Tensor, s: Stats) -> list[Tensor]:
+        wide = out.float() + s.residual if s.residual.numel() else out.float()
+        return [wide, s.top.masked_fill(s.rden == 0, -1e30), torch.where(s.rden == 0, 0.0, 1 / s.rden)]
+
+    first, top_first, mass_first = parts(out, stats)
+    second, top_second, mass_second = (_turn(t, reverse) for t in parts(*back))
+    top = torch.maximum(top_first, top_second)
+    mass_first, mass_second = mass_first * (top_first - top).exp(), mass_second * (top_second - top).exp()
+    mass = mass_first + mass_second
+    rden = torch.where(mass == 0, 0.0, 1 / mass)
+    wide = (first * mass_first[..., None] + second * mass_second[..., None]) * rden[..., None]
+    out = wide.to(x.q.dtype)
+    residual = (wide - out.float()).to(out.dtype) if stats.residual.numel() else stats.residual
+    return out, top, rden, residual, *stats[3:], *back[1][3:]
+
+
+def _both_ways_backward(
+    x: Inputs,
+    reverse: Tensor,
+    o: Options,
+    c: Config,
+    output: tuple[Tensor, ...],
+    dout: Tensor,
+    needs: dict[str, bool],
+) -> dict[str, Tensor | None]:
+    out, top, rden, residual, *memories = output
+    grads = launch.attend_backward(x, o, c, out, Stats(top, rden, residual, *memories[:3]), dout, needs)
+    turned = [_turn(t, reverse) if t.numel() else t for t in (top, rden, residual)]
+    back = launch.attend_backward(
+        _backwards(x, reverse),
+        o._replace(strict=True, sinks=0),
+        c,
+        _turn(out, reverse),
+        Stats(*turned, *memories[3:]),
+        _turn(dout, reverse),
+        needs | {"sink_logits": False, "sink_k": False, "sink_v": False},
+    )
+    for name, g in back.items():
+        if g is not None:
+            g = _turn(g, reverse) if name in _PER_TOKEN else g
+            known = grads.get(name)
+            grads[name] = g if known is None else known + g
+    return grads
+
+
+# ------------------------------------------------------------------------------------------------ custom operators
+
+_TENSORS = ", ".join(f"Tensor{'' if name == 'q' else '?'} {name}" for name in Inputs._fields)
+_SETTINGS = "SymInt[] ints, float[] floats, str activation"
+_FLOATS = ("scale", "softcap", "norm", "constant")
+_INTS = tuple(name for name in Options._fields if name not in (*_FLOATS, "activation"))
+_NOTHING = (0, 0, 0)
+
+_library = torch.library.Library("linattn", "DEF")
+
+
+def _call(op: Any, x: Inputs, o: Options, c: Config, *extra: Tensor) -> tuple[Tensor, ...]:
+    ints = [*(int(v) if isinstance(v, bool) else v for v in (getattr(o, n) for n in _INTS)), *c]
+    return op(*x, *extra, ints, [getattr(o, n) for n in _FLOATS], o.activation)
+
+
+def _settings(ints: list[int], floats: list[float], activation: str) -> tuple[Options, Config]:
+    values: dict[str, Any] = dict(zip(_INTS, ints, strict=False)) | dict(zip(_FLOATS, floats, strict=True))
+    for name in ("far", "key_log", "strict"):
+        values[name] = bool(values[name])
+    return Options(activation=activation, **values), Config(*ints[len(_INTS) :])
+
+
+def _empty_like_stats(x: Inputs, o: Options) -> tuple[Tensor, ...]:
+    """Output, top, rden and residual, empty."""
+    batch, length, heads, _ = x.q.shape
+    out = x.q.new_empty(batch, length, heads, o.value_dim)
+    rden = x.q.new_empty(batch, length, heads, dtype=torch.float32)
+    top = x.q.new_empty(batch, length, heads if launch.has_top(x, o) else 0, dtype=torch.float32)
+    residual = x.q.new_empty(batch, length, heads, 0 if x.q.dtype == torch.float32 else o.value_dim)
+    return out, top, rden, residual
+
+
+def _define(
+    name: str,
+    outputs: int,
+    run: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    run_backward: Callable[..., dict[str, Tensor | None]],
+    gradients: int = 1,
+    extra: int = 0,
+) -> None:
+    """Register operator ``name`` with ``outputs`` outputs, of which the first ``gradients`` carry gradients.
+
+    ``extra``: further tensors between the inputs and the settings.
+    """
+    more = "".join(f", Tensor extra{i}" for i in range(extra))
+    results = ", ".join(["Tensor"] * outputs)
+    saved = "".join(f", Tensor saved{i}" for i in range(outputs)) + "".join(
+        f", Tensor grad{i}" for i in range(gradients)
+    )
+    _library.define(f"{name}({_TENSORS}{more}, {_SETTINGS}) -> ({results})")
+    _library.define(f"{name}_backward({_TENSORS}{more}{saved}, {_SETTINGS}, bool[] needs) -> Tensor[]")
+    first = COUNT + extra
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        x = Inputs(*args[:COUNT])
+        return run(x, *args[COUNT:first], *_settings(*args[first:]))
+
+    def forward_fake(*args: Any) -> tuple[Tensor, ...]:
+        return fake(Inputs(*args[:COUNT]), *_settings(*args[first:]))
+
+    def backward(*args: Any) -> list[Tensor]:
+        x, wanted = Inputs(*args[:COUNT]), _needs(args[-1])
+        results = args[first : first + outputs]
+        grads = args[first + outputs : first + outputs + gradients]
+        found = run_backward(x, *args[COUNT:first], *_settings(*args[-4:-1]), results, *grads, wanted)
+        like = ((getattr(x, n), found.get(n)) for n in Inputs._fields if wanted[n])
+        return [torch.zeros_like(t) if g is None else g.reshape(t.shape).to(t.dtype).contiguous() for t, g in like]
+
+    def backward_fake(*args: Any) -> list[Tensor]:
+        return [
+            torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t, needed in zip(args[:COUNT], args[-1], strict=True)
+            if needed
+        ]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.settings = inputs[first:]
+        ctx.save_for_backward(*inputs[:first], *output)
+
+    def autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        needs = [bool(n) for n in ctx.needs_input_grad[:COUNT]]
+        results = saved[first:]
+        given = [torch.zeros_like(r) if g is None else g for g, r in zip(grads[:gradients], results, strict=False)]
+        op = getattr(torch.ops.linattn, f"{name}_backward")
+        found = iter(op(*saved, *given, *ctx.settings, needs))
+        return (*(next(found) if needed else None for needed in needs), *(None,) * (extra + 3))
+
+    for op, real, imitation in ((name, forward, forward_fake), (f"{name}_backward", backward, backward_fake)):
+        torch.library.impl(f"linattn::{op}", "default", real, lib=_library)
+        torch.library.register_fake(f"linattn::{op}", imitation, lib=_library)
+    torch.library.register_autograd(f"linattn::{name}", autograd, setup_context=setup_context, lib=_library)
+
+
+def _run_attend(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
+    out, stats = launch.attend(x, o, c, training=True)
+    return _in_shape(x, o, out, *stats[:3])
+
+
+def _in_shape(x: Inputs, o: Options, *output: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.view(like.shape) for t, like in zip(output, _empty_like_stats(x, o), strict=True))
+
+
+def _run_attend_backward(
+    x: Inputs, o: Options, c: Config, output: tuple[Tensor, ...], dout: Tensor, needs: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    out, *stats = output
+    memory = launch.memory_before(x, o, c)
+    return launch.attend_backward(x, o, c, out, Stats(*stats, *memory), dout, needs)
+
+
+def _run_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tensor, ...]:
+    return _in_shape(x, o, *_both_ways(x, reverse, o, c)[:4])
+
+
+def _run_both_ways_backward(
+    x: Inputs, reverse: Tensor, o: Options, c: Config, output: tuple[Tensor, ...], dout: Tensor, needs: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    there = launch.memory_before(x, o, c)
+    back = launch.memory_before(_backwards(x, reverse), o._replace(strict=True, sinks=0), c)
+    return _both_ways_backward(x, reverse, o, c, (*output, *there, *back), dout, needs)
+
+
+def _run_final_memory(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
+    end, _ = launch.final_memory(x, o, c)
+    return end.kv, end.k, end.m if o.key_log else end.k.new_zeros(end.k.shape[:2])
+
+
+def _fake_final_memory(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
+    assert x.k is not None
+    heads, n = x.k.shape[2], x.k.shape[0] if x.seg_first is None else x.seg_first.shape[0] - 1
+    new = x.q.new_empty
+    return (
+        new(n, heads, o.features, o.value_dim, dtype=torch.float32),
+        new(n, heads, o.features, dtype=torch.float32),
+        new(n, heads, dtype=torch.float32),
+    )
+
+
+def _run_final_memory_backward(
+    x: Inputs, o: Options, c: Config, output: tuple[Tensor, ...], dkv: Tensor, dk: Tensor, needs: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    gate = launch.segment_gates(x, o, c)
+    return launch.final_memory_backward(x, o, c, output[2], gate, dkv, dk, needs)
+
+
+def _fake_attend(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
+    return _empty_like_stats(x, o)
+
+
+_define("attend", 4, _run_attend, _fake_attend, _run_attend_backward)
+_define("attend_both_ways", 4, _run_both_ways, _fake_attend, _run_both_ways_backward, extra=1)
+_define("final_memory", 3, _run_final_memory, _fake_final_memory, _run_final_memory_backward, gradients=2)
