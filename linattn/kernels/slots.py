@@ -83,7 +83,7 @@ class DecodeSlots:
 
         Args:
             state: with ``lookback=0``.
-            dtype: of the keys and values. Default that of the state.
+            dtype: of the keys and values, the far keys excepted. Default that of the state.
         """
         return cls(**_slot_tensors(state, dtype))
 
@@ -181,7 +181,7 @@ def _slot_tensors(state: AttentionState, dtype: torch.dtype | None) -> dict[str,
     length, window, heads = state.length, state.window, state.kv.shape[1]
     age = torch.arange(window, device=length.device) - length[:, None]
 
-    def heads_first(x: Tensor) -> Tensor:
+    def heads_first(x: Tensor, dtype: torch.dtype | None = dtype) -> Tensor:
         return x.transpose(1, 2).to(dtype or x.dtype).clone(memory_format=torch.contiguous_format)
 
     def circular(x: Tensor) -> Tensor:
@@ -193,9 +193,10 @@ def _slot_tensors(state: AttentionState, dtype: torch.dtype | None) -> dict[str,
         "log_scale": state.log_scale,
         "length": length[:, None].expand(-1, heads),
     }
-    found = {name: t.clone(memory_format=torch.contiguous_format) for name, t in found.items()}
-    for name in ("kv", "k", "log_scale"):
-        found[name] = found[name].float()
+    found = {
+        name: t.to(t.dtype if name == "length" else torch.float32).clone(memory_format=torch.contiguous_format)
+        for name, t in found.items()
+    }
     found |= {
         "ring_k": heads_first(circular(state.recent_k)),
         "ring_v": heads_first(circular(state.recent_v)),
@@ -203,9 +204,9 @@ def _slot_tensors(state: AttentionState, dtype: torch.dtype | None) -> dict[str,
         "sink_v": heads_first(state.sink_v),
     }
     if state.recent_far_k is not None:
-        found["ring_far_k"] = heads_first(circular(state.recent_far_k))
+        found["ring_far_k"] = heads_first(circular(state.recent_far_k), None)
     if state.recent_decay is not None:
-        found["ring_decay"] = circular(state.recent_decay).transpose(1, 2).float().contiguous()
+        found["ring_decay"] = heads_first(circular(state.recent_decay), torch.float32)
     return found
 
 

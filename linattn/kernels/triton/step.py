@@ -22,7 +22,6 @@ from linattn.kernels.triton.device import (
     RELU,
     SOFTMAX,
     load_bias,
-    load_rows,
 )
 from linattn.kernels.triton.forward import tanh
 from linattn.kernels.validate import STRONGEST_DECAY, Call
@@ -63,10 +62,10 @@ def token_features(
             xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
             squares += tl.sum(xd * xd, 0)
             real = (d < D)[:, None] & (f < F)[None, :]
-            cells = (head * D + d[:, None]) * F + f[None, :]
-            products += tl.load(w + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+            cells = d[:, None] * F + f[None, :]
+            products += tl.load(w + head * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
             if ACT == PRODUCT:
-                products1 += tl.load(w + heads * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+                products1 += tl.load(w + (heads + head) * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
         z = tl.sum(products, 0)
         if ACT == PRODUCT:
             z1 = tl.sum(products1, 0)
@@ -95,6 +94,17 @@ def token_features(
         phi = phi / top
         log_scale = tl.log(top)
     return tl.where(f < F, phi, 0.0), log_scale
+
+
+@triton.jit
+def load_tokens(base, rows, seen, WIDTH, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """``[N, BLOCK]`` of ``WIDTH`` columns of the ``seen`` tokens, zeros elsewhere.
+
+    Four columns a thread whatever the dtype, as float32 states are loaded: no tile has to change its layout.
+    """
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), 4)
+    cells = rows[:, None] * STRIDE + columns[None, :]
+    return tl.load(base + cells, mask=seen[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -157,6 +167,11 @@ def step_kernel(
     slot = row
     if index is not None:
         slot = tl.load(index + row).to(tl.int64)
+    q += row * q_n + head * G * q_h
+    k += row * k_n + head * k_h
+    v += row * v_n + head * v_h
+    qf += row * qf_n + head * G * qf_h
+    kf += row * kf_n + head * kf_h
     out += row * out_n + head * G * out_h
     d = tl.arange(0, BD)
     f = tl.arange(0, BF)
@@ -164,131 +179,135 @@ def step_kernel(
     if slot < 0:
         for g in range(G):
             for first in range(0, V, BV):
-                zeros = tl.zeros([BV], out.dtype.element_ty)
-                tl.store(out + g * out_h + first + columns, zeros, mask=first + columns < V)
+                nothing = tl.zeros([BV], out.dtype.element_ty)
+                tl.store(out + g * out_h + first + columns, nothing, mask=first + columns < V)
         return
 
     place = slot * heads + head
-    p = tl.load(length + place)
-    q += row * q_n + head * G * q_h
-    k += row * k_n + head * k_h
-    v += row * v_n + head * v_h
-    k_new = tl.load(k + d, mask=d < D, other=0.0)
+    kv += place * F * V
+    z += place * F
+    ring_k += place * WINDOW * D
+    ring_v += place * WINDOW * V
+    sink_k += place * SINKS * D
+    sink_v += place * SINKS * V
+    if ring_f is not None:
+        ring_f += place * WINDOW * DF
+    if ring_decay is not None:
+        ring_decay += place * WINDOW
+    p = tl.load(length + place)  # the new token's position
     is_sink = p < SINKS
-    folds = p - WINDOW >= SINKS  # a token leaves the window and is no sink
-    own = is_sink  # the new token is attended exactly
-    at = 0  # its place in the ring, which holds the leaving token until then
+    folds = p - WINDOW >= SINKS  # a token leaves the window, and is no sink
+    near = is_sink  # the new token is attended exactly
+    at = 0  # its place in the ring, where the leaving token is until then
     if WINDOW > 0:
-        own = p >= 0
+        near = p >= 0
         at = (p % WINDOW).to(tl.int32)
+    k_new = tl.load(k + d, mask=d < D, other=0.0)
 
     gate = 0.0
-    gates_after = 0.0
+    gates_after = 0.0  # of the tokens behind the leaving one
     if decay is not None:
         gate = tl.maximum(tl.load(decay + row * decay_n + head * decay_h).to(tl.float32), STRONGEST)
         if WINDOW > 0:
             entries = tl.arange(0, triton.next_power_of_2(WINDOW))
-            later = (entries < WINDOW) & (entries != at)
-            gates_after = gate + tl.sum(tl.load(ring_decay + place * WINDOW + entries, mask=later, other=0.0), 0)
+            behind = (entries < WINDOW) & (entries != at)
+            gates_after = gate + tl.sum(tl.load(ring_decay + entries, mask=behind, other=0.0), 0)
 
-    BLOCKS: tl.constexpr = (WINDOW + BW - 1) // BW
     for part in tl.static_range((V + BV - 1) // BV):  # one part unless F · V is large: each computes the same weights
-        c = part * BV + columns
-        cells = (place * F + f[:, None]) * V + c[None, :]
-        real = (f < F)[:, None] & (c < V)[None, :]
-        if FAR:
-            S = tl.load(kv + cells, mask=real, other=0.0)
-        if BLOCKS == 1:
-            slots = tl.arange(0, BW)
-            age = tl.where(slots <= at, at - slots, at - slots + WINDOW)
-            seen = (slots < WINDOW) & (age > 0) & (age <= p)
-            ks = load_rows(ring_k + place * WINDOW * D, slots, D, seen, D, BD)
-            vs = load_rows(ring_v + place * WINDOW * V + part * BV, slots, V, seen, V - part * BV, BV)
+        first = part * BV
+        c = first + columns
         v_new = tl.load(v + c, mask=c < V, other=0.0)
-        if SINKS > 0:
-            firsts = tl.arange(0, BS)
-            sink_seen = (firsts < SINKS) & (p - firsts >= WINDOW) & (firsts < p)
-            sks = load_rows(sink_k + place * SINKS * D, firsts, D, sink_seen, D, BD)
-            svs = load_rows(sink_v + place * SINKS * V + part * BV, firsts, V, sink_seen, V - part * BV, BV)
 
+        # Fold. S goes back as soon as every thread has it, which frees its registers after the read-out.
         if FAR:
+            cells = f[:, None] * V + c[None, :]
+            real = (f < F)[:, None] & (c < V)[None, :]
+            S = tl.load(kv + cells, mask=real, other=0.0)
             if phi is not None:
-                phi_k = tl.load(phi + (row * heads + head) * F + f, mask=f < tl.where(folds, F, 0), other=0.0).to(
-                    tl.float32
-                )
+                given = tl.load(phi + (row * heads + head) * F + f, mask=f < tl.where(folds, F, 0), other=0.0)
+                phi_k = given.to(tl.float32)
                 log_k = 0.0
                 if log_phi is not None:
                     log_k = tl.load(log_phi + row * heads + head)
             else:
                 if WINDOW == 0:
-                    leaving = kf + row * kf_n + head * kf_h
+                    leaving = kf
                 elif ring_f is not None:
-                    leaving = ring_f + (place * WINDOW + at) * DF
+                    leaving = ring_f + at * DF
                 else:
-                    leaving = ring_k + (place * WINDOW + at) * D
+                    leaving = ring_k + at * D
                 phi_k, log_k = token_features(
                     leaving, key_weight, key_bias, head, key_map_heads, norm, constant, tl.where(folds, DF, 0),
                     DF, F, PART, BF, ACT,
                 )  # fmt: skip
             leaving_v = v_new
             if WINDOW > 0:
-                leaving_v = tl.load(ring_v + (place * WINDOW + at) * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
+                leaving_v = tl.load(ring_v + at * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
             before = tl.load(m + place) + gate
             log_k = tl.where(folds, log_k + gates_after, EMPTY)
             m_new = tl.maximum(tl.maximum(before, log_k), EMPTY)
             keep = tl.exp(before - m_new)
             phi_k = phi_k * tl.where(folds, tl.exp(log_k - m_new), 0.0)
-            z_new = tl.load(z + place * F + f, mask=f < F, other=0.0) * keep + phi_k
+            z_new = tl.load(z + f, mask=f < F, other=0.0) * keep + phi_k
             S = S * keep + phi_k[:, None] * leaving_v.to(tl.float32)[None, :]
+            tl.debug_barrier()
+            tl.store(kv + cells, S, mask=real)
+
+        if SINKS > 0:
+            sinks = tl.arange(0, BS)
+            sink_seen = (sinks < SINKS) & (sinks < p) & (p - sinks >= WINDOW)
+            sink_ks = load_tokens(sink_k, sinks, sink_seen, D, D, BD)
+            sink_vs = load_tokens(sink_v + first, sinks, sink_seen, V - first, V, BV)
 
         for g in range(G):
-            xq = tl.load(q + g * q_h + d, mask=d < D, other=0.0).to(tl.float32) * scale
-            s = tl.sum(xq * k_new.to(tl.float32), 0)
-            if SOFTCAP:
-                s = softcap * tanh(s / softcap)
-            top = tl.where(own, s, EMPTY)
-            den = tl.where(own, 1.0, 0.0)
-            acc = v_new.to(tl.float32) * den
-            if BLOCKS == 1:
-                acc, den, top = attend_rows(acc, den, top, xq, ks, vs, seen, softcap, SOFTCAP)
-            if BLOCKS > 1:
-                for block in range(BLOCKS):
-                    more = block * BW + tl.arange(0, BW)
-                    more_age = tl.where(more <= at, at - more, at - more + WINDOW)
-                    more_seen = (more < WINDOW) & (more_age > 0) & (more_age <= p)
-                    mk = load_rows(ring_k + place * WINDOW * D, more, D, more_seen, D, BD)
-                    mv = load_rows(ring_v + place * WINDOW * V + part * BV, more, V, more_seen, V - part * BV, BV)
-                    acc, den, top = attend_rows(acc, den, top, xq, mk, mv, more_seen, softcap, SOFTCAP)
-            if SINKS > 0:
-                acc, den, top = attend_rows(acc, den, top, xq, sks, svs, sink_seen, softcap, SOFTCAP)
-
-            new = tl.maximum(top, EMPTY / 2)
-            if sink_logits is not None:
-                sink_logit = tl.load(sink_logits + head * G + g).to(tl.float32)
-                new = tl.maximum(new, sink_logit)
             if FAR:
                 if phi is not None:
-                    phi_q = tl.load(qf + row * qf_n + (head * G + g) * qf_h + f, mask=f < F, other=0.0).to(tl.float32)
+                    phi_q = tl.load(qf + g * qf_h + f, mask=f < F, other=0.0).to(tl.float32)
                     log_far = m_new
                     if log_q is not None:
                         log_far += tl.load(log_q + (row * heads + head) * G + g)
                 else:
-                    query = qf + row * qf_n + (head * G + g) * qf_h
                     phi_q, log_far = token_features(
-                        query, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
+                        qf + g * qf_h, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
                         DF, F, PART, BF, ACT,
                     )  # fmt: skip
                     log_far += m_new
                 if far_bias is not None:
                     log_far += tl.load(far_bias + head * G + g).to(tl.float32)
                 mass = tl.sum(phi_q * z_new, 0)
+                num = tl.sum(S * phi_q[:, None], 0)
+
+            # The exact part starts with the new token, which is not in the ring yet.
+            xq = tl.load(q + g * q_h + d, mask=d < D, other=0.0).to(tl.float32) * scale
+            s = tl.sum(xq * k_new.to(tl.float32), 0)
+            if SOFTCAP:
+                s = softcap * tanh(s / softcap)
+            top = tl.where(near, s, EMPTY)
+            den = tl.where(near, 1.0, 0.0)
+            acc = v_new.to(tl.float32) * den
+            for block in range((WINDOW + BW - 1) // BW):
+                slots = block * BW + tl.arange(0, BW)
+                age = tl.where(slots <= at, at - slots, at - slots + WINDOW)
+                seen = (slots < WINDOW) & (age > 0) & (age <= p)
+                ks = load_tokens(ring_k, slots, seen, D, D, BD)
+                vs = load_tokens(ring_v + first, slots, seen, V - first, V, BV)
+                acc, den, top = attend_rows(acc, den, top, xq, ks, vs, seen, softcap, SOFTCAP)
+            if SINKS > 0:
+                acc, den, top = attend_rows(acc, den, top, xq, sink_ks, sink_vs, sink_seen, softcap, SOFTCAP)
+
+            # One normaliser.
+            new = tl.maximum(top, EMPTY / 2)
+            if FAR:
                 new = tl.maximum(new, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
+            if sink_logits is not None:
+                sink_logit = tl.load(sink_logits + head * G + g).to(tl.float32)
+                new = tl.maximum(new, sink_logit)
+            acc = acc * tl.exp(top - new)
+            den = den * tl.exp(top - new)
+            if FAR:
                 take = tl.exp(log_far - new)
-                acc = acc * tl.exp(top - new) + tl.sum(S * phi_q[:, None], 0) * take
-                den = den * tl.exp(top - new) + mass * take
-            else:
-                acc = acc * tl.exp(top - new)
-                den = den * tl.exp(top - new)
+                acc += num * take
+                den += mass * take
             if sink_logits is not None:
                 den += tl.exp(sink_logit - new)
             floor = tl.where(den < 0, -DENOMINATOR_FLOOR, DENOMINATOR_FLOOR)
@@ -296,27 +315,24 @@ def step_kernel(
             tl.store(out + g * out_h + c, acc.to(out.dtype.element_ty), mask=c < V)
 
         tl.debug_barrier()
-        if FAR:
-            tl.store(kv + cells, S, mask=real)
         if WINDOW > 0:
-            tl.store(ring_v + (place * WINDOW + at) * V + c, v_new, mask=c < V)
+            tl.store(ring_v + at * V + c, v_new, mask=c < V)
         if SINKS > 0:
-            tl.store(sink_v + (place * SINKS + p) * V + c, v_new, mask=c < tl.where(is_sink, V, 0))
+            tl.store(sink_v + p * V + c, v_new, mask=c < tl.where(is_sink, V, 0))
 
-    # What all parts have read.
+    # What every part has read.
     if FAR:
-        tl.store(z + place * F + f, z_new, mask=f < F)
+        tl.store(z + f, z_new, mask=f < F)
         tl.store(m + place, m_new)
     if WINDOW > 0:
-        tl.store(ring_k + (place * WINDOW + at) * D + d, k_new, mask=d < D)
+        tl.store(ring_k + at * D + d, k_new, mask=d < D)
         if ring_f is not None:
             df = tl.arange(0, BDF)
-            k_far = tl.load(kf + row * kf_n + head * kf_h + df, mask=df < DF, other=0.0)
-            tl.store(ring_f + (place * WINDOW + at) * DF + df, k_far, mask=df < DF)
+            tl.store(ring_f + at * DF + df, tl.load(kf + df, mask=df < DF, other=0.0), mask=df < DF)
         if decay is not None:
-            tl.store(ring_decay + place * WINDOW + at, gate)
+            tl.store(ring_decay + at, gate)
     if SINKS > 0:
-        tl.store(sink_k + (place * SINKS + p) * D + d, k_new, mask=d < tl.where(is_sink, D, 0))
+        tl.store(sink_k + p * D + d, k_new, mask=d < tl.where(is_sink, D, 0))
     tl.store(length + place, p + 1)
 
 
@@ -324,10 +340,8 @@ def step_kernel(
 
 STATE_TILE = 128 * 256
 """Largest part ``[BF, BV]`` of a state that one program holds in its registers."""
-RING_TILE = 128 * 64
-"""Largest part ``[BW, BD | BV]`` of a ring."""
-WEIGHT_TILE = 128 * 64
-"""Largest part ``[PART, BF]`` of a projection."""
+STATE_NUMBERS, OTHER_NUMBERS = 64, 16
+"""Numbers a thread holds of the state, and of a block of the ring or of a projection."""
 
 
 @torch.no_grad()
@@ -372,6 +386,8 @@ def decode_step(
         ``[N, H, V]`` in the dtype of v.
     """
     _check(slots, q, k, v, feature_map, decay, q_far, k_far, slot_indices, out)
+    if far_bias is not None and feature_map is None:
+        raise OptionError("far_bias: shapes the far branch, which the slots do not have; drop it.")
     if scale is None:
         if isinstance(feature_map, Projected):
             raise OptionError("scale: a Projected does not know it; pass scale=feature_map.scale.")
@@ -402,7 +418,10 @@ def attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     def token(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[:, 0]
 
-    slots = DecodeSlots.from_state(call.state, dtype=call.k.dtype)
+    state = call.state
+    if call.k_far is not None and state.recent_far_k is not None:
+        state = dataclasses.replace(state, recent_far_k=state.recent_far_k.to(call.k_far.dtype))
+    slots = DecodeSlots.from_state(state, dtype=call.k.dtype)
     out = _step(
         slots, call.q[:, 0], call.k[:, 0], call.v[:, 0], call.feature_map, token(call.decay), call.far_bias,
         call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None, None,
@@ -455,10 +474,10 @@ def _step(
     bf, bd, bv = (triton.next_power_of_2(max(size, 16)) for size in (features, head_dim, value_dim))
     while features and bf * bv > STATE_TILE and bv > 16:
         bv //= 2
-    bw = min(triton.next_power_of_2(max(window, 1)), max(16, RING_TILE // max(bd, bv)))
     bdf = triton.next_power_of_2(kf.shape[-1])
     if num_warps is None:
-        num_warps = min(max(bf * bv // 2048, 4), 16) if features else 4
+        num_warps = min(max(bf * bv // (32 * STATE_NUMBERS), 4), 16) if features else 4
+    block = 32 * num_warps * OTHER_NUMBERS
     weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),
@@ -476,8 +495,8 @@ def _step(
         scale, softcap or 0.0, found.norm if found is not None else 0.0, found.constant if found is not None else 0.0,
         kv_heads,
         G=heads // kv_heads, D=head_dim, V=value_dim, DF=kf.shape[-1], F=features,
-        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=max(1, min(bdf, WEIGHT_TILE // bf)),
-        WINDOW=window, BW=bw, SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
+        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=min(bdf, max(block // bf, 1)),
+        WINDOW=window, BW=min(triton.next_power_of_2(max(window, 1)), max(block // max(bd, bv), 16)), SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
         FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation], SOFTCAP=bool(softcap),
         num_warps=num_warps,
     )  # fmt: skip
@@ -530,8 +549,9 @@ def _check(
         if (t is None) != (shape is None) or (t is not None and t.shape != shape):
             got = None if t is None else tuple(t.shape)
             raise ShapeError(f"{name}: got {got}, expected {shape}, which the slots were made for.")
-        if t is not None and t.dtype != slots.ring_k.dtype:
-            raise DtypeError(f"{name}: got {t.dtype}, expected {slots.ring_k.dtype} as in the slots; cast it.")
+        dtype = slots.ring_far_k.dtype if slots.ring_far_k is not None and name == "k_far" else slots.ring_k.dtype
+        if t is not None and name != "q_far" and t.dtype != dtype:
+            raise DtypeError(f"{name}: got {t.dtype}, expected {dtype} as in the slots; cast it.")
     if heads % kv_heads:
         raise ShapeError(f"q: got {heads} heads, expected a multiple of the slots' {kv_heads} key/value heads.")
     if (decay is None) != (slots.ring_decay is None):
