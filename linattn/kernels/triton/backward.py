@@ -13,6 +13,7 @@ from linattn.kernels.triton.device import (
     DENOMINATOR_FLOOR,
     EMPTY,
     PRODUCT,
+    add_outer,
     differences,
     features,
     features_backward,
@@ -194,9 +195,14 @@ def dq_kernel(
         between = tl.full([], 0.0, tl.float64)
         g = tl.zeros([C], tl.float64)
         gate64 = tl.full([], 0.0, tl.float64)
+        lag = tl.full([], 0.0, tl.float64)
         if DECAY:
             g, own = gates(decay, slots, decay_t, valid)
             gate64 += own
+            for j in range(1, (REACH + 1) if KEYS else 1):
+                key_rows = rows - j * C
+                _, passed = gates(decay, start + key_rows.to(tl.int64), decay_t, (key_rows >= 0) & (key_rows < length))
+                lag += passed
         if NEAR:
             xq = load_rows(q, slots, q_t, valid, D, BD)
             dxq = tl.zeros([C, BD], tl.float32)
@@ -214,7 +220,7 @@ def dq_kernel(
                     raw = tl.dot(xq.to(OT), tl.trans(xk), input_precision=PRECISION) * scale
                     p, slope = exact_weights(raw, seen, row_top[:, None], row_rden[:, None], softcap, SOFTCAP)
                     e = tl.dot(xdo.to(OT), tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
-                    dxq += tl.dot((p * e * slope).to(OT), xk, input_precision=PRECISION)
+                    dxq = tl.dot((p * e * slope).to(OT), xk, dxq, input_precision=PRECISION)
                     if DECAY:
                         if j > 0:
                             _, passed = gates(decay, key_slots, decay_t, key_valid)
@@ -230,7 +236,17 @@ def dq_kernel(
             if far_bias is not None:
                 log_q += tl.load(far_bias + head)
             relative = (log_q - row_top) if TOP else tl.zeros([C], tl.float32)
-            dphi = tl.zeros([C, BF], tl.float32)
+            # The memory: everything before the blocks that the window's edge crosses.
+            factor = row_rden
+            if DECAY or TOP:
+                log_m = relative
+                if DECAY:
+                    log_m += (g + lag).to(tl.float32)
+                if KLOG:
+                    log_m += m
+                factor = factor * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))
+            dphi = tl.dot(xdo.to(OT), S.to(OT), input_precision=PRECISION)
+            dphi = add_outer(dphi, -row_delta, z, OT, PRECISION) * factor[:, None]
 
         if KEYS:
             for j in tl.static_range(NEAR_BLOCKS, REACH + 1):
@@ -247,7 +263,7 @@ def dq_kernel(
                     p, slope = exact_weights(
                         raw, seen & (gap < WINDOW), row_top[:, None], row_rden[:, None], softcap, SOFTCAP
                     )
-                    dxq += tl.dot((p * e * slope).to(OT), xk, input_precision=PRECISION)
+                    dxq = tl.dot((p * e * slope).to(OT), xk, dxq, input_precision=PRECISION)
                 if FAR:
                     xkf = load_rows(kf, key_slots, kf_t, key_valid, DF, BDF)
                     phi_k, log_k = features(
@@ -258,7 +274,7 @@ def dq_kernel(
                         log_k = tl.load(key_log + key_stat, mask=key_valid, other=0.0)
                     counts = key_valid & (base + key_rows >= SINKS)
                     is_far = seen & counts[None, :]
-                    if not (KLOG or DECAY):
+                    if SINKS > 0 and not (KLOG or DECAY):
                         phi_k = tl.where(counts[:, None], phi_k, 0.0)
                     phi_k = phi_k.to(OT)
                     if WINDOW > 0:
@@ -287,20 +303,9 @@ def dq_kernel(
                         de = e * weight
                     else:
                         de = tl.where(is_far, e * row_rden[:, None], 0.0)
-                    dphi += tl.dot(de.to(OT), phi_k, input_precision=PRECISION)
+                    dphi = tl.dot(de.to(OT), phi_k, dphi, input_precision=PRECISION)
 
         if FAR:
-            part = tl.dot(xdo.to(OT), S.to(OT), input_precision=PRECISION)
-            part -= row_delta[:, None] * z[None, :]
-            factor = row_rden
-            if DECAY or TOP:
-                log_m = relative
-                if DECAY:
-                    log_m += (g + between).to(tl.float32)
-                if KLOG:
-                    log_m += m
-                factor = factor * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))
-            dphi += part * factor[:, None]
             if KEYS:
                 if DECAY:
                     joined = block_gate.to(tl.float32)
@@ -321,9 +326,9 @@ def dq_kernel(
             p, slope = exact_weights(raw, seen, row_top[:, None], row_rden[:, None], softcap, SOFTCAP)
             e = tl.dot(xdo.to(OT), tl.trans(sv.to(OT)), input_precision=PRECISION) - row_delta[:, None]
             ds = (p * e * slope).to(OT)
-            dxq += tl.dot(ds, sk.to(OT), input_precision=PRECISION)
-            dsk += tl.dot(tl.trans(ds), xq.to(OT), input_precision=PRECISION)
-            dsv += tl.dot(tl.trans(p.to(OT)), xdo.to(OT), input_precision=PRECISION)
+            dxq = tl.dot(ds, sk.to(OT), dxq, input_precision=PRECISION)
+            dsk = tl.dot(tl.trans(ds), xq.to(OT), dsk, input_precision=PRECISION)
+            dsv = tl.dot(tl.trans(p.to(OT)), xdo.to(OT), dsv, input_precision=PRECISION)
 
         if FAR:
             if dlog is not None:
@@ -333,10 +338,10 @@ def dq_kernel(
             )
             if dweight is not None:
                 xt = tl.trans(xf.to(OT))
-                dw += tl.dot(xt, dz.to(OT), input_precision=PRECISION)
+                dw = tl.dot(xt, dz.to(OT), dw, input_precision=PRECISION)
                 dc += tl.sum(dz, 0)
                 if ACT == PRODUCT:
-                    dw1 += tl.dot(xt, dz1.to(OT), input_precision=PRECISION)
+                    dw1 = tl.dot(xt, dz1.to(OT), dw1, input_precision=PRECISION)
                     dc1 += tl.sum(dz1, 0)
             if SHARED:
                 if NEAR:
@@ -485,8 +490,9 @@ def dkv_kernel(
                     log_m += log_k
                 factor = factor * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))
             low = R.to(OT)
-            dphi = (tl.dot(xv, low, input_precision=PRECISION) + z[None, :]) * factor[:, None]
-            dxv += tl.dot(phi_kt, tl.trans(low), input_precision=PRECISION) * factor[:, None]
+            dphi = tl.dot(xv, low, input_precision=PRECISION)
+            dphi = add_outer(dphi, tl.full([C], 1.0, tl.float32), z, OT, PRECISION) * factor[:, None]
+            dxv = tl.dot(phi_kt, tl.trans(low), dxv, input_precision=PRECISION) * factor[:, None]
 
         between = tl.full([], 0.0, tl.float64)
         if NEAR_BLOCKS > 0:
@@ -510,9 +516,9 @@ def dkv_kernel(
                     row_top = tl.load(top + stat, mask=query_valid, other=0.0)
                     raw = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
                     p, slope = exact_weights(raw, seen, row_top[None, :], row_rden[None, :], softcap, SOFTCAP)
-                    dxv += tl.dot(p.to(OT), xdo, input_precision=PRECISION)
+                    dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
                     e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
-                    dxk += tl.dot((p * e * slope).to(OT), xq, input_precision=PRECISION)
+                    dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
 
         for j in tl.static_range(NEAR_BLOCKS, REACH + 1 if QUERIES else NEAR_BLOCKS):
             query_rows = rows + j * C
@@ -547,8 +553,8 @@ def dkv_kernel(
                     p, slope = exact_weights(
                         raw, seen & (gap < WINDOW), row_top[None, :], row_rden[None, :], softcap, SOFTCAP
                     )
-                    dxv += tl.dot(p.to(OT), xdo, input_precision=PRECISION)
-                    dxk += tl.dot((p * e * slope).to(OT), xq, input_precision=PRECISION)
+                    dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
+                    dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
                 if FAR:
                     if G > 1:
                         qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
@@ -577,8 +583,8 @@ def dkv_kernel(
                         weight = weight * row_rden[None, :]
                     else:
                         weight = tl.where(is_far, row_rden[None, :], 0.0)
-                    dxv += tl.dot((kernel * weight).to(OT), xdo, input_precision=PRECISION)
-                    dphi += tl.dot((e * weight).to(OT), phi_qt, input_precision=PRECISION)
+                    dxv = tl.dot((kernel * weight).to(OT), xdo, dxv, input_precision=PRECISION)
+                    dphi = tl.dot((e * weight).to(OT), phi_qt, dphi, input_precision=PRECISION)
                     if j == REACH:
                         # These queries find every earlier block far.
                         along = query_g.to(tl.float32) + relative
@@ -599,10 +605,10 @@ def dkv_kernel(
             )
             if dweight is not None:
                 xt = tl.trans(xkf.to(OT))
-                dw += tl.dot(xt, dz.to(OT), input_precision=PRECISION)
+                dw = tl.dot(xt, dz.to(OT), dw, input_precision=PRECISION)
                 dc += tl.sum(dz, 0)
                 if ACT == PRODUCT:
-                    dw1 += tl.dot(xt, dz1.to(OT), input_precision=PRECISION)
+                    dw1 = tl.dot(xt, dz1.to(OT), dw1, input_precision=PRECISION)
                     dc1 += tl.sum(dz1, 0)
             if SHARED:
                 if WINDOW > 0:

@@ -255,6 +255,32 @@ def differences(g):
 
 
 @triton.jit
+def halves(x):
+    """Two terms of float32 ``x``, the first of which bfloat16 holds."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def two_terms(x, OT: tl.constexpr):
+    """``[N, 16]`` whose first two columns sum to ``x [N]``: a float32 vector as an operand of the tensor cores."""
+    column = tl.arange(0, 16)[None, :]
+    high, low = halves(x)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0)).to(OT)
+
+
+@triton.jit
+def add_outer(acc, a, b, OT: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + a bᵀ [N, M]`` of float32 vectors, on the tensor cores."""
+    column = tl.arange(0, 16)[None, :]
+    a0, a1 = halves(a)
+    b0, b1 = halves(b)
+    left = tl.where(column < 2, a0[:, None], tl.where(column == 2, a1[:, None], 0.0)).to(OT)
+    right = tl.where(column == 1, b1[:, None], tl.where(column < 3, b0[:, None], 0.0)).to(OT)
+    return tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def load_memory(
     kv, k, m, place, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, LOG: tl.constexpr
 ):
@@ -296,8 +322,8 @@ def fold_chunk(
     """The memory after one more chunk, which stands nearer to the reader by ``gate``.
 
     S ``[BV, BF]``, z ``[BF]`` relative to exp(m); tokens weigh exp(log_weight) · weight (times z_weight in z). PLAIN:
-    ``phi`` is zero where ``weight`` is, and all other weights are one. S is transposed and the weights go to the
-    features, so that the values reach the tensor cores as they were loaded.
+    ``y`` or ``phi`` is zero where ``weight`` is, all other weights are one, and so is z_weight. S is transposed and the
+    weights go to the features, so that the values reach the tensor cores as they were loaded.
     """
     if LOG:
         new = tl.maximum(m + gate, tl.max(tl.where(weight != 0, log_weight, EMPTY), 0))
@@ -311,11 +337,10 @@ def fold_chunk(
         weight = weight * tl.exp(log_weight)
         S = S * keep
         z = z * keep
-    if PLAIN and not LOG and not DECAY:
-        z += tl.sum(phi.to(tl.float32), 0)
-        S = tl.dot(tl.trans(y.to(OT)), phi.to(OT), S, input_precision=PRECISION)
-    else:
-        weighted = phi.to(tl.float32) * weight[:, None]
-        z += tl.sum(weighted * z_weight[:, None], 0)
-        S = tl.dot(tl.trans(y.to(OT)), weighted.to(OT), S, input_precision=PRECISION)
+    if LOG or DECAY or not PLAIN:
+        phi = phi.to(tl.float32) * weight[:, None]
+        weight = z_weight
+    phi = phi.to(OT)
+    z += tl.sum(tl.dot(tl.trans(phi), two_terms(weight, OT), input_precision=PRECISION), 1)
+    S = tl.dot(tl.trans(y.to(OT)), phi, S, input_precision=PRECISION)
     return S, z, m

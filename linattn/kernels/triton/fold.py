@@ -79,6 +79,7 @@ def fold_kernel(
         at = (chunks - 1 - i) if REVERSE else i
         rows = begin + at * C + tl.arange(0, C)
         valid = rows < end
+        counts = valid & (base + rows >= SINKS)
         slots = start + rows.to(tl.int64)
         if DECAY:
             g, gate64 = gates(decay + row.to(tl.int64) * decay_b + head * decay_h, slots, decay_t, valid)
@@ -95,7 +96,7 @@ def fold_kernel(
                     weight, low, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT
                 )
             xs = load_rows(x + row.to(tl.int64) * x_b + hx * x_h, slots, x_t, valid, D, BD)
-            ys = load_rows(y + row.to(tl.int64) * y_b + hx * y_h, slots, y_t, valid, V, BV)
+            ys = load_rows(y + row.to(tl.int64) * y_b + hx * y_h, slots, y_t, counts, V, BV)
             phi, logs = features(
                 xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
@@ -112,13 +113,11 @@ def fold_kernel(
                     log_weight += logs - tl.load(top + stat, mask=valid, other=0.0)
                 step = tl.where(group == 0, gate, 0.0)
             else:
-                lin = (valid & (base + rows >= SINKS)).to(tl.float32)
+                lin = counts.to(tl.float32)
                 z_weight = tl.full([C], 1.0, tl.float32)
                 if LOG:
                     log_weight += logs
                 step = gate
-            if not (REVERSE or LOG or DECAY):
-                phi = tl.where((lin != 0)[:, None], phi, 0.0).to(OT)
             S, z, m = fold_chunk(
                 S, z, m, phi, ys, log_weight, lin, z_weight, step, LOG, DECAY, not REVERSE, OT, PRECISION
             )

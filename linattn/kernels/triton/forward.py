@@ -18,6 +18,7 @@ from linattn.kernels.triton.device import (
     load_rows,
     locate,
     store_rows,
+    two_terms,
 )
 
 LEAST_MASS = tl.constexpr(1e-34)
@@ -151,9 +152,14 @@ def attend_kernel(
         between = tl.full([], 0.0, tl.float64)
         g = tl.zeros([C], tl.float64)
         gate64 = tl.full([], 0.0, tl.float64)
+        lag = tl.full([], 0.0, tl.float64)
         if DECAY:
             g, own = gates(decay, slots, decay_t, valid)
             gate64 += own
+            for j in range(1, (REACH + 1) if KEYS else 1):
+                key_rows = rows - j * C
+                _, passed = gates(decay, start + key_rows.to(tl.int64), decay_t, (key_rows >= 0) & (key_rows < length))
+                lag += passed
 
         # The exact part: whole blocks of the window.
         acc = tl.zeros([C, BV], tl.float32)
@@ -176,6 +182,10 @@ def attend_kernel(
                             _, passed = gates(decay, key_slots, decay_t, key_valid)
                             between += passed
 
+        # The memory: everything before the blocks that the window's edge crosses.
+        num = tl.zeros([C, BV], tl.float32)
+        mass = tl.zeros([C], tl.float32)
+        far_top = tl.zeros([C], tl.float32)
         if FAR:
             xf = load_rows(qf, slots, qf_t, valid, DF, BDF)
             phi_q, log_q = features(
@@ -184,13 +194,19 @@ def attend_kernel(
             phi_q = phi_q.to(OT)
             if query_log is not None:
                 log_q = tl.load(query_log + stat, mask=valid, other=0.0)
-        num = tl.zeros([C, BV], tl.float32)
-        mass = tl.zeros([C], tl.float32)
-        far_top = tl.zeros([C], tl.float32)
-        if KLOG:
-            far_top += EMPTY
+            num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
+            mass = tl.sum(tl.dot(phi_q, two_terms(z, OT), input_precision=PRECISION), 1)
+            if KLOG:
+                far_top += m
+            if DECAY:
+                since = (g + lag).to(tl.float32)
+                if KLOG:
+                    far_top += since
+                else:
+                    num = num * tl.exp(since)[:, None]
+                    mass = mass * tl.exp(since)
 
-        # Blocks that the window's edge crosses: near and far, token by token.
+        # Those blocks: near and far, token by token.
         if KEYS:
             for j in tl.static_range(NEAR_BLOCKS, REACH + 1):
                 key_rows = rows - j * C
@@ -213,7 +229,7 @@ def attend_kernel(
                         log_k = tl.load(key_log + key_stat, mask=key_valid, other=0.0)
                     counts = key_valid & (base + key_rows >= SINKS)
                     is_far = seen & counts[None, :]
-                    if not (KLOG or DECAY):
+                    if SINKS > 0 and not (KLOG or DECAY):
                         phi_k = tl.where(counts[:, None], phi_k, 0.0)
                     phi_k = phi_k.to(OT)
                     if WINDOW > 0:
@@ -250,37 +266,18 @@ def attend_kernel(
                         else:
                             kernel = tl.where(is_far, kernel, 0.0)
                     mass += tl.sum(kernel, 1)
-                    num += tl.dot(kernel.to(OT), xv.to(OT), input_precision=PRECISION)
+                    num = tl.dot(kernel.to(OT), xv.to(OT), num, input_precision=PRECISION)
 
-        # The memory: everything before those blocks.
-        if FAR:
-            part = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
-            part_mass = tl.sum(phi_q.to(tl.float32) * z[None, :], 1)
-            if KLOG:
-                log_m = (g + between).to(tl.float32) + m
-                new = tl.maximum(tl.maximum(far_top, log_m), EMPTY / 2)
-                keep = tl.exp(far_top - new)
-                take = tl.exp(log_m - new)
-                num = num * keep[:, None] + part * take[:, None]
-                mass = mass * keep + part_mass * take
-                far_top = new
-            elif DECAY:
-                take = tl.exp((g + between).to(tl.float32))
-                num += part * take[:, None]
-                mass += part_mass * take
+        # The newest block that every later query finds far joins the memory.
+        if FAR and KEYS:
+            if DECAY:
+                joined = block_gate.to(tl.float32)
             else:
-                num += part
-                mass += part_mass
-            if KEYS:
-                # The newest block that every later query finds far joins the memory.
-                if DECAY:
-                    joined = block_gate.to(tl.float32)
-                else:
-                    joined = 0.0
-                S, z, m = fold_chunk(
-                    S, z, m, phi_k, xv, to_end, counts.to(tl.float32), tl.full([C], 1.0, tl.float32), joined,
-                    KLOG, DECAY, True, OT, PRECISION,
-                )  # fmt: skip
+                joined = 0.0
+            S, z, m = fold_chunk(
+                S, z, m, phi_k, xv, to_end, counts.to(tl.float32), tl.full([C], 1.0, tl.float32), joined,
+                KLOG, DECAY, True, OT, PRECISION,
+            )  # fmt: skip
 
         if SINKS > 0:
             if KEYS:
