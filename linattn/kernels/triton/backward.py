@@ -33,35 +33,40 @@ LARGEST_EXPONENT = tl.constexpr(80.0)
 
 @triton.jit
 def delta_kernel(
-    out, residual, dout, rden, delta, rows, V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, TOP: tl.constexpr
-):
-    """δ = do · o of R rows; zero where the normaliser was clamped and carries no gradient.
+    out, residual, dout, rden, scaled, delta, rows,
+    V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """do / normaliser of R rows, and δ = o · do / normaliser; zero where the normaliser was clamped and has no gradient.
 
-    ``residual`` is what rounding took from ``out``: an error in δ would be one in every weight of its row.
+    ``residual`` is what rounding took from ``out``: an error in δ would be one in every weight of its row. So δ takes
+    the rounded gradient, too.
     """
     at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     valid = at < rows
     o = load_rows(out, at, V, valid, V, BV).to(tl.float32)
     if residual is not None:
         o += load_rows(residual, at, V, valid, V, BV).to(tl.float32)
-    do = load_rows(dout, at, V, valid, V, BV).to(tl.float32)
-    d = tl.sum(o * do, 1)
+    weight = tl.load(rden + at, mask=valid, other=0.0)
+    do = load_rows(dout, at, V, valid, V, BV).to(tl.float32) * weight[:, None]
+    do = do.to(scaled.dtype.element_ty)
+    store_rows(scaled, at, V, valid, do, V, BV)
+    d = tl.sum(o * do.to(tl.float32), 1)
     if TOP:
-        d = tl.where(tl.abs(tl.load(rden + at, mask=valid, other=0.0)) > 0.99 / DENOMINATOR_FLOOR, 0.0, d)
+        d = tl.where(tl.abs(weight) > 0.99 / DENOMINATOR_FLOOR, 0.0, d)
     tl.store(delta + at, d, mask=valid)
 
 
 @triton.jit
 def exact_weights(
-    s, seen, top, rden, softcap, SOFTCAP: tl.constexpr
+    s, seen, top, softcap, SOFTCAP: tl.constexpr
 ):  # fmt: skip
-    """Normalised weights of raw logits ``s``, and the derivative of the capped logit by the raw one."""
+    """Weights of raw logits ``s`` relative to exp(top), and the derivative of the capped logit by the raw one."""
     slope = 1.0
     if SOFTCAP:
         t = tanh(s / softcap)
         s = softcap * t
         slope = 1.0 - t * t
-    p = tl.exp(tl.where(seen, s, EMPTY) - top) * rden
+    p = tl.exp(tl.where(seen, s, EMPTY) - top)
     return p, slope
 
 
@@ -98,7 +103,7 @@ def dq_kernel(
     sink_k, sink_v,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, top, rden, delta,
+    do, top, delta,
     dq, dqf, dlog, dweight, dbias, dsink_k, dsink_v,
     scale, softcap, norm, constant, T, segments, segment,
     H: tl.constexpr,
@@ -132,6 +137,7 @@ def dq_kernel(
     kv_head = head // G
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
     row64 = row.to(tl.int64)
+    origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = query_weight is not None
@@ -142,12 +148,12 @@ def dq_kernel(
     REACH: tl.constexpr = (WINDOW + C - 2) // C if WINDOW > 1 else 0
     SHARED: tl.constexpr = dqf is None  # the far branch sees q itself
 
-    q += row64 * q_b + head * q_h
-    k += row64 * k_b + kv_head * k_h
-    v += row64 * v_b + kv_head * v_h
+    q += row64 * q_b + start * q_t + head * q_h
+    k += row64 * k_b + start * k_t + kv_head * k_h
+    v += row64 * v_b + start * v_t + kv_head * v_h
     if FAR:
-        qf += row64 * qf_b + head * qf_h
-        kf += row64 * kf_b + kv_head * kf_h
+        qf += row64 * qf_b + start * qf_t + head * qf_h
+        kf += row64 * kf_b + start * kf_t + kv_head * kf_h
         qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
             query_weight,
             query_low,
@@ -164,7 +170,7 @@ def dq_kernel(
             key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
         )
     if DECAY:
-        decay += row64 * decay_b + kv_head * decay_h
+        decay += row64 * decay_b + start * decay_t + kv_head * decay_h
 
     place = pid.to(tl.int64) * kv_heads + kv_head
     S, z, m = load_memory(state_kv, state_k, state_m, place, F, V, BF, BV, KLOG)
@@ -186,25 +192,23 @@ def dq_kernel(
     for i in range(first, last):
         rows = i * C + tl.arange(0, C)
         valid = rows < length
-        slots = start + rows.to(tl.int64)
-        stat = (row64 * T + slots) * H + head
-        xdo = load_rows(do + (row64 * T * H + head) * V, slots, H * V, valid, V, BV)
+        stat = (origin * H + head) + rows.to(tl.int64) * H
+        xdo = load_rows(do + (origin * H + head) * V, rows, H * V, valid, V, BV)
         row_delta = tl.load(delta + stat, mask=valid, other=0.0)
-        row_rden = tl.load(rden + stat, mask=valid, other=0.0)
         row_top = tl.load(top + stat, mask=valid, other=0.0) if TOP else tl.zeros([C], tl.float32)
         between = tl.full([], 0.0, tl.float64)
         g = tl.zeros([C], tl.float64)
         gate64 = tl.full([], 0.0, tl.float64)
         lag = tl.full([], 0.0, tl.float64)
         if DECAY:
-            g, own = gates(decay, slots, decay_t, valid)
+            g, own = gates(decay, rows, decay_t, valid)
             gate64 += own
             for j in range(1, (REACH + 1) if KEYS else 1):
                 key_rows = rows - j * C
-                _, passed = gates(decay, start + key_rows.to(tl.int64), decay_t, (key_rows >= 0) & (key_rows < length))
+                _, passed = gates(decay, key_rows, decay_t, (key_rows >= 0) & (key_rows < length))
                 lag += passed
         if NEAR:
-            xq = load_rows(q, slots, q_t, valid, D, BD)
+            xq = load_rows(q, rows, q_t, valid, D, BD)
             dxq = tl.zeros([C, BD], tl.float32)
 
         if KEYS:
@@ -212,22 +216,21 @@ def dq_kernel(
                 for j in range(0, NEAR_BLOCKS):
                     key_rows = rows - j * C
                     key_valid = (key_rows >= 0) & (key_rows < length)
-                    key_slots = start + key_rows.to(tl.int64)
-                    xk = load_rows(k, key_slots, k_t, key_valid, D, BD).to(OT)
-                    xv = load_rows(v, key_slots, v_t, key_valid, V, BV).to(OT)
+                    xk = load_rows(k, key_rows, k_t, key_valid, D, BD).to(OT)
+                    xv = load_rows(v, key_rows, v_t, key_valid, V, BV).to(OT)
                     gap = rows[:, None] - key_rows[None, :]
                     seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
                     raw = tl.dot(xq.to(OT), tl.trans(xk), input_precision=PRECISION) * scale
-                    p, slope = exact_weights(raw, seen, row_top[:, None], row_rden[:, None], softcap, SOFTCAP)
+                    p, slope = exact_weights(raw, seen, row_top[:, None], softcap, SOFTCAP)
                     e = tl.dot(xdo.to(OT), tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
                     dxq = tl.dot((p * e * slope).to(OT), xk, dxq, input_precision=PRECISION)
                     if DECAY:
                         if j > 0:
-                            _, passed = gates(decay, key_slots, decay_t, key_valid)
+                            _, passed = gates(decay, key_rows, decay_t, key_valid)
                             between += passed
 
         if FAR:
-            xf = load_rows(qf, slots, qf_t, valid, DF, BDF)
+            xf = load_rows(qf, rows, qf_t, valid, DF, BDF)
             phi_q, log_q = features(
                 xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
@@ -237,40 +240,36 @@ def dq_kernel(
                 log_q += tl.load(far_bias + head)
             relative = (log_q - row_top) if TOP else tl.zeros([C], tl.float32)
             # The memory: everything before the blocks that the window's edge crosses.
-            factor = row_rden
+            dphi = tl.dot(xdo.to(OT), S.to(OT), input_precision=PRECISION)
+            dphi = add_outer(dphi, -row_delta, z, OT, PRECISION)
             if DECAY or TOP:
                 log_m = relative
                 if DECAY:
                     log_m += (g + lag).to(tl.float32)
                 if KLOG:
                     log_m += m
-                factor = factor * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))
-            dphi = tl.dot(xdo.to(OT), S.to(OT), input_precision=PRECISION)
-            dphi = add_outer(dphi, -row_delta, z, OT, PRECISION) * factor[:, None]
+                dphi = dphi * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
 
         if KEYS:
             for j in tl.static_range(NEAR_BLOCKS, REACH + 1):
                 key_rows = rows - j * C
                 key_valid = (key_rows >= 0) & (key_rows < length)
-                key_slots = start + key_rows.to(tl.int64)
-                xv = load_rows(v, key_slots, v_t, key_valid, V, BV).to(OT)
+                xv = load_rows(v, key_rows, v_t, key_valid, V, BV).to(OT)
                 gap = rows[:, None] - key_rows[None, :]
                 seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
                 e = tl.dot(xdo.to(OT), tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
                 if WINDOW > 0:
-                    xk = load_rows(k, key_slots, k_t, key_valid, D, BD).to(OT)
+                    xk = load_rows(k, key_rows, k_t, key_valid, D, BD).to(OT)
                     raw = tl.dot(xq.to(OT), tl.trans(xk), input_precision=PRECISION) * scale
-                    p, slope = exact_weights(
-                        raw, seen & (gap < WINDOW), row_top[:, None], row_rden[:, None], softcap, SOFTCAP
-                    )
+                    p, slope = exact_weights(raw, seen & (gap < WINDOW), row_top[:, None], softcap, SOFTCAP)
                     dxq = tl.dot((p * e * slope).to(OT), xk, dxq, input_precision=PRECISION)
                 if FAR:
-                    xkf = load_rows(kf, key_slots, kf_t, key_valid, DF, BDF)
+                    xkf = load_rows(kf, key_rows, kf_t, key_valid, DF, BDF)
                     phi_k, log_k = features(
                         xkf, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
                     )
                     if key_log is not None:
-                        key_stat = (row64 * T + key_slots) * kv_heads + kv_head
+                        key_stat = (origin * kv_heads + kv_head) + key_rows.to(tl.int64) * kv_heads
                         log_k = tl.load(key_log + key_stat, mask=key_valid, other=0.0)
                     counts = key_valid & (base + key_rows >= SINKS)
                     is_far = seen & counts[None, :]
@@ -283,7 +282,7 @@ def dq_kernel(
                     block_gate = tl.full([], 0.0, tl.float64)
                     if DECAY:
                         if j > 0:
-                            key_g, passed = gates(decay, key_slots, decay_t, key_valid)
+                            key_g, passed = gates(decay, key_rows, decay_t, key_valid)
                             block_gate += passed
                             to_end = (block_gate - key_g).to(tl.float32)
                             log_w = (g + between).to(tl.float32)[:, None] + to_end[None, :]
@@ -299,10 +298,9 @@ def dq_kernel(
                         to_end += log_k
                     if DECAY or TOP:
                         log_w = tl.minimum(log_w + relative[:, None], LARGEST_EXPONENT)
-                        weight = tl.exp(tl.where(is_far, log_w, EMPTY)) * row_rden[:, None]
-                        de = e * weight
+                        de = e * tl.exp(tl.where(is_far, log_w, EMPTY))
                     else:
-                        de = tl.where(is_far, e * row_rden[:, None], 0.0)
+                        de = tl.where(is_far, e, 0.0)
                     dphi = tl.dot(de.to(OT), phi_k, dphi, input_precision=PRECISION)
 
         if FAR:
@@ -312,8 +310,8 @@ def dq_kernel(
                 else:
                     joined = 0.0
                 S, z, m = fold_chunk(
-                    S, z, m, phi_k, xv, to_end, counts.to(tl.float32), tl.full([C], 1.0, tl.float32), joined,
-                    KLOG, DECAY, True, OT, PRECISION,
+                    S, z, m, phi_k, xv, to_end, counts, counts.to(tl.float32), joined,
+                    KLOG, DECAY, OT, PRECISION,
                 )  # fmt: skip
 
         if SINKS > 0:
@@ -323,7 +321,7 @@ def dq_kernel(
             else:  # every query reads all keys, of which there are ``base``
                 seen = (rows[:, None] >= 0) & (sink_at < tl.minimum(base, SINKS))[None, :]
             raw = tl.dot(xq.to(OT), tl.trans(sk.to(OT)), input_precision=PRECISION) * scale
-            p, slope = exact_weights(raw, seen, row_top[:, None], row_rden[:, None], softcap, SOFTCAP)
+            p, slope = exact_weights(raw, seen, row_top[:, None], softcap, SOFTCAP)
             e = tl.dot(xdo.to(OT), tl.trans(sv.to(OT)), input_precision=PRECISION) - row_delta[:, None]
             ds = (p * e * slope).to(OT)
             dxq = tl.dot(ds, sk.to(OT), dxq, input_precision=PRECISION)
@@ -348,13 +346,13 @@ def dq_kernel(
                     dxq = dxq * scale + dx
                 else:
                     dxq = dx
-                store_rows(dq + (row64 * T * H + head) * D, slots, H * D, valid, dxq, D, BD)
+                store_rows(dq + (origin * H + head) * D, rows, H * D, valid, dxq, D, BD)
             else:
-                store_rows(dqf + (row64 * T * H + head) * DF, slots, H * DF, valid, dx, DF, BDF)
+                store_rows(dqf + (origin * H + head) * DF, rows, H * DF, valid, dx, DF, BDF)
                 if NEAR:
-                    store_rows(dq + (row64 * T * H + head) * D, slots, H * D, valid, dxq * scale, D, BD)
+                    store_rows(dq + (origin * H + head) * D, rows, H * D, valid, dxq * scale, D, BD)
         else:
-            store_rows(dq + (row64 * T * H + head) * D, slots, H * D, valid, dxq * scale, D, BD)
+            store_rows(dq + (origin * H + head) * D, rows, H * D, valid, dxq * scale, D, BD)
 
     if SINKS > 0:
         place = pid.to(tl.int64) * H + head
@@ -376,7 +374,7 @@ def dkv_kernel(
     decay, decay_b, decay_t, decay_h,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, top, rden, delta,
+    do, top, delta,
     dk, dv, dkf, dlog, dweight, dbias,
     scale, softcap, norm, constant, T, segments, segment,
     H: tl.constexpr,
@@ -411,6 +409,7 @@ def dkv_kernel(
     pid = tl.program_id(1)
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
     row64 = row.to(tl.int64)
+    origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = query_weight is not None
@@ -421,13 +420,13 @@ def dkv_kernel(
     SHARED: tl.constexpr = dkf is None
 
     if QUERIES:
-        q += row64 * q_b
-    k += row64 * k_b + kv_head * k_h
-    v += row64 * v_b + kv_head * v_h
+        q += row64 * q_b + start * q_t
+    k += row64 * k_b + start * k_t + kv_head * k_h
+    v += row64 * v_b + start * v_t + kv_head * v_h
     if FAR:
         if QUERIES:
-            qf += row64 * qf_b
-        kf += row64 * kf_b + kv_head * kf_h
+            qf += row64 * qf_b + start * qf_t
+        kf += row64 * kf_b + start * kf_t + kv_head * kf_h
         kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
             key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
         )
@@ -437,7 +436,7 @@ def dkv_kernel(
                 DF, F, BDF, BF, ACT,
             )  # fmt: skip
     if DECAY:
-        decay += row64 * decay_b + kv_head * decay_h
+        decay += row64 * decay_b + start * decay_t + kv_head * decay_h
 
     place = pid.to(tl.int64) * kv_heads + kv_head
     R, z, m = load_memory(state_kv, state_k, state_m, place, F, V, BF, BV, TOP)
@@ -453,34 +452,38 @@ def dkv_kernel(
         i = last - 1 - step
         rows = i * C + tl.arange(0, C)
         valid = rows < length
-        slots = start + rows.to(tl.int64)
-        xv = load_rows(v, slots, v_t, valid, V, BV).to(OT)
+        xv = load_rows(v, rows, v_t, valid, V, BV).to(OT)
         dxv = tl.zeros([C, BV], tl.float32)
         if WINDOW > 0:
-            xk = load_rows(k, slots, k_t, valid, D, BD).to(OT)
+            xk = load_rows(k, rows, k_t, valid, D, BD).to(OT)
             dxk = tl.zeros([C, BD], tl.float32)
         g = tl.zeros([C], tl.float64)
         gate64 = tl.full([], 0.0, tl.float64)
         lag = tl.full([], 0.0, tl.float64)
         if DECAY:
-            g, own = gates(decay, slots, decay_t, valid)
+            g, own = gates(decay, rows, decay_t, valid)
             gate64 += own
             for j in range(1, REACH + 1):
                 later = rows + j * C
-                _, passed = gates(decay, start + later.to(tl.int64), decay_t, later < length)
+                _, passed = gates(decay, later, decay_t, later < length)
                 lag += passed
         if FAR:
-            xkf = load_rows(kf, slots, kf_t, valid, DF, BDF)
+            xkf = load_rows(kf, rows, kf_t, valid, DF, BDF)
             phi_k, log_k = features(
                 xkf, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
             if key_log is not None:
-                log_k = tl.load(key_log + (row64 * T + slots) * kv_heads + kv_head, mask=valid, other=0.0)
+                log_k = tl.load(
+                    key_log + (origin * kv_heads + kv_head) + rows.to(tl.int64) * kv_heads, mask=valid, other=0.0
+                )
             counts = valid & (base + rows >= SINKS)
             phi_kt = phi_k.to(OT)
             # The memory of every later query that finds this block far.
-            factor = counts.to(tl.float32)
-            if DECAY or TOP:
+            low = R.to(OT)
+            dxv = tl.dot(phi_kt, tl.trans(low), dxv, input_precision=PRECISION)
+            dphi = tl.dot(xv, low, input_precision=PRECISION)
+            dphi = add_outer(dphi, tl.full([C], 1.0, tl.float32), z, OT, PRECISION)
+            if SINKS > 0 or DECAY or TOP:
                 log_m = tl.zeros([C], tl.float32)
                 if DECAY:
                     log_m += ((gate64 - g) + lag).to(tl.float32)
@@ -488,34 +491,30 @@ def dkv_kernel(
                     log_m += m
                 if KLOG:
                     log_m += log_k
-                factor = factor * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))
-            low = R.to(OT)
-            dphi = tl.dot(xv, low, input_precision=PRECISION)
-            dphi = add_outer(dphi, tl.full([C], 1.0, tl.float32), z, OT, PRECISION) * factor[:, None]
-            dxv = tl.dot(phi_kt, tl.trans(low), dxv, input_precision=PRECISION) * factor[:, None]
+                factor = tl.exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
+                dxv = dxv * factor[:, None]
+                dphi = dphi * factor[:, None]
 
         between = tl.full([], 0.0, tl.float64)
         if NEAR_BLOCKS > 0:
             for j in range(0, NEAR_BLOCKS):
                 query_rows = rows + j * C
                 query_valid = query_rows < length
-                query_slots = start + query_rows.to(tl.int64)
                 if DECAY:
                     if j > 0:
-                        _, passed = gates(decay, query_slots, decay_t, query_valid)
+                        _, passed = gates(decay, query_rows, decay_t, query_valid)
                         between += passed
                 gap = query_rows[None, :] - rows[:, None]
                 seen = valid[:, None] & ((gap > 0) if STRICT else (gap >= 0))
                 for group in range(G):
                     head = kv_head * G + group
-                    stat = (row64 * T + query_slots) * H + head
-                    xq = load_rows(q + head * q_h, query_slots, q_t, query_valid, D, BD).to(OT)
-                    xdo = load_rows(do + (row64 * T * H + head) * V, query_slots, H * V, query_valid, V, BV).to(OT)
+                    stat = (origin * H + head) + query_rows.to(tl.int64) * H
+                    xq = load_rows(q + head * q_h, query_rows, q_t, query_valid, D, BD).to(OT)
+                    xdo = load_rows(do + (origin * H + head) * V, query_rows, H * V, query_valid, V, BV).to(OT)
                     row_delta = tl.load(delta + stat, mask=query_valid, other=0.0)
-                    row_rden = tl.load(rden + stat, mask=query_valid, other=0.0)
                     row_top = tl.load(top + stat, mask=query_valid, other=0.0)
                     raw = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
-                    p, slope = exact_weights(raw, seen, row_top[None, :], row_rden[None, :], softcap, SOFTCAP)
+                    p, slope = exact_weights(raw, seen, row_top[None, :], softcap, SOFTCAP)
                     dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
                     e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
                     dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
@@ -523,13 +522,12 @@ def dkv_kernel(
         for j in tl.static_range(NEAR_BLOCKS, REACH + 1 if QUERIES else NEAR_BLOCKS):
             query_rows = rows + j * C
             query_valid = query_rows < length
-            query_slots = start + query_rows.to(tl.int64)
             query_g = g
             block_gate = tl.full([], 0.0, tl.float64)
             log_w = tl.zeros([C, C], tl.float32)
             if DECAY:
                 if j > 0:
-                    query_g, passed = gates(decay, query_slots, decay_t, query_valid)
+                    query_g, passed = gates(decay, query_rows, decay_t, query_valid)
                     block_gate += passed
                     to_end = (gate64 - g + between).to(tl.float32)
                     log_w = to_end[:, None] + query_g.to(tl.float32)[None, :]
@@ -541,18 +539,15 @@ def dkv_kernel(
             seen = valid[:, None] & ((gap > 0) if STRICT else (gap >= 0))
             for group in range(G):
                 head = kv_head * G + group
-                stat = (row64 * T + query_slots) * H + head
-                xdo = load_rows(do + (row64 * T * H + head) * V, query_slots, H * V, query_valid, V, BV).to(OT)
+                stat = (origin * H + head) + query_rows.to(tl.int64) * H
+                xdo = load_rows(do + (origin * H + head) * V, query_rows, H * V, query_valid, V, BV).to(OT)
                 row_delta = tl.load(delta + stat, mask=query_valid, other=0.0)
-                row_rden = tl.load(rden + stat, mask=query_valid, other=0.0)
                 row_top = tl.load(top + stat, mask=query_valid, other=0.0) if TOP else tl.zeros([C], tl.float32)
-                e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
                 if WINDOW > 0:
-                    xq = load_rows(q + head * q_h, query_slots, q_t, query_valid, D, BD).to(OT)
+                    e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
+                    xq = load_rows(q + head * q_h, query_rows, q_t, query_valid, D, BD).to(OT)
                     raw = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
-                    p, slope = exact_weights(
-                        raw, seen & (gap < WINDOW), row_top[None, :], row_rden[None, :], softcap, SOFTCAP
-                    )
+                    p, slope = exact_weights(raw, seen & (gap < WINDOW), row_top[None, :], softcap, SOFTCAP)
                     dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
                     dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
                 if FAR:
@@ -561,7 +556,7 @@ def dkv_kernel(
                             query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
                             DF, F, BDF, BF, ACT,
                         )  # fmt: skip
-                    xf = load_rows(qf + head * qf_h, query_slots, qf_t, query_valid, DF, BDF)
+                    xf = load_rows(qf + head * qf_h, query_rows, qf_t, query_valid, DF, BDF)
                     phi_q, log_q = features(
                         xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
                     )
@@ -580,26 +575,36 @@ def dkv_kernel(
                         if KLOG:
                             exponent += log_k[:, None]
                         weight = tl.exp(tl.where(is_far, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
-                        weight = weight * row_rden[None, :]
+                        kernel = kernel * weight
                     else:
-                        weight = tl.where(is_far, row_rden[None, :], 0.0)
-                    dxv = tl.dot((kernel * weight).to(OT), xdo, dxv, input_precision=PRECISION)
-                    dphi = tl.dot((e * weight).to(OT), phi_qt, dphi, input_precision=PRECISION)
+                        kernel = tl.where(is_far, kernel, 0.0)
+                    dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
+                    e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
+                    if DECAY or TOP:
+                        e = e * weight
+                    else:
+                        e = tl.where(is_far, e, 0.0)
+                    dphi = tl.dot(e.to(OT), phi_qt, dphi, input_precision=PRECISION)
                     if j == REACH:
                         # These queries find every earlier block far.
                         along = query_g.to(tl.float32) + relative
+                        there = query_valid & (row_top > EMPTY / 4)
                         if DECAY:
                             joined = tl.where(group == 0, block_gate.to(tl.float32), 0.0)
                         else:
                             joined = 0.0
                         R, z, m = fold_chunk(
-                            R, z, m, phi_q, xdo, along, row_rden, -row_delta, joined, TOP, DECAY, False, OT, PRECISION
+                            R, z, m, phi_qt, xdo, along, there, -row_delta, joined, TOP, DECAY, OT, PRECISION
                         )
 
-        store_rows(dv + (row64 * T * kv_heads + kv_head) * V, slots, kv_heads * V, valid, dxv, V, BV)
+        store_rows(dv + (origin * kv_heads + kv_head) * V, rows, kv_heads * V, valid, dxv, V, BV)
         if FAR:
             if dlog is not None:
-                tl.store(dlog + (row64 * T + slots) * kv_heads + kv_head, tl.sum(phi_k * dphi, 1), mask=valid)
+                tl.store(
+                    dlog + (origin * kv_heads + kv_head) + rows.to(tl.int64) * kv_heads,
+                    tl.sum(phi_k * dphi, 1),
+                    mask=valid,
+                )
             dx, dz, dz1 = features_backward(
                 xkf, phi_k, dphi, kw0, kw1, kl0, kl1, kc0, kc1, norm, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
@@ -613,15 +618,13 @@ def dkv_kernel(
             if SHARED:
                 if WINDOW > 0:
                     dx += dxk * scale
-                store_rows(dk + (row64 * T * kv_heads + kv_head) * D, slots, kv_heads * D, valid, dx, D, BD)
+                store_rows(dk + (origin * kv_heads + kv_head) * D, rows, kv_heads * D, valid, dx, D, BD)
             else:
-                store_rows(dkf + (row64 * T * kv_heads + kv_head) * DF, slots, kv_heads * DF, valid, dx, DF, BDF)
+                store_rows(dkf + (origin * kv_heads + kv_head) * DF, rows, kv_heads * DF, valid, dx, DF, BDF)
                 if WINDOW > 0:
-                    store_rows(
-                        dk + (row64 * T * kv_heads + kv_head) * D, slots, kv_heads * D, valid, dxk * scale, D, BD
-                    )
+                    store_rows(dk + (origin * kv_heads + kv_head) * D, rows, kv_heads * D, valid, dxk * scale, D, BD)
         else:
-            store_rows(dk + (row64 * T * kv_heads + kv_head) * D, slots, kv_heads * D, valid, dxk * scale, D, BD)
+            store_rows(dk + (origin * kv_heads + kv_head) * D, rows, kv_heads * D, valid, dxk * scale, D, BD)
 
     if dweight is not None:
         store_map_gradient(

@@ -310,37 +310,34 @@ def fold_chunk(
     phi,
     y,
     log_weight,
-    weight,
+    counts,
     z_weight,
     gate,
     LOG: tl.constexpr,
     DECAY: tl.constexpr,
-    PLAIN: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The memory after one more chunk, which stands nearer to the reader by ``gate``.
 
-    S ``[BV, BF]``, z ``[BF]`` relative to exp(m); tokens weigh exp(log_weight) · weight (times z_weight in z). PLAIN:
-    ``y`` or ``phi`` is zero where ``weight`` is, all other weights are one, and so is z_weight. S is transposed and the
-    weights go to the features, so that the values reach the tensor cores as they were loaded.
+    S ``[BV, BF]``, z ``[BF]`` relative to exp(m); tokens weigh exp(log_weight), in z times z_weight. Tokens that do not
+    count have no z_weight and, without LOG or DECAY, no ``phi`` or no ``y``. S is transposed and the weights go to the
+    features, so that the values reach the tensor cores as they were loaded.
     """
-    if LOG:
-        new = tl.maximum(m + gate, tl.max(tl.where(weight != 0, log_weight, EMPTY), 0))
-        keep = tl.exp(m + gate - new)
-        weight = tl.where(weight != 0, weight * tl.exp(log_weight - new), 0.0)
-        S = S * keep
-        z = z * keep
-        m = new
-    elif DECAY:
-        keep = tl.exp(gate)
-        weight = weight * tl.exp(log_weight)
-        S = S * keep
-        z = z * keep
-    if LOG or DECAY or not PLAIN:
-        phi = phi.to(tl.float32) * weight[:, None]
-        weight = z_weight
     phi = phi.to(OT)
-    z += tl.sum(tl.dot(tl.trans(phi), two_terms(weight, OT), input_precision=PRECISION), 1)
-    S = tl.dot(tl.trans(y.to(OT)), phi, S, input_precision=PRECISION)
+    weighted = phi
+    if LOG or DECAY:
+        keep = tl.exp(gate)
+        if LOG:
+            new = tl.maximum(m + gate, tl.max(tl.where(counts, log_weight, EMPTY), 0))
+            keep = tl.exp(m + gate - new)
+            log_weight -= new
+            m = new
+        weight = tl.exp(tl.where(counts, log_weight, EMPTY))
+        z_weight = weight * z_weight
+        weighted = (phi.to(tl.float32) * weight[:, None]).to(OT)
+        S = S * keep
+        z = z * keep
+    z += tl.sum(tl.dot(tl.trans(phi), two_terms(z_weight, OT), input_precision=PRECISION), 1)
+    S = tl.dot(tl.trans(y.to(OT)), weighted, S, input_precision=PRECISION)
     return S, z, m

@@ -26,7 +26,7 @@ def fold_kernel(
     x, x_b, x_t, x_h,
     y, y_b, y_t, y_h,
     weight, low, map_heads, bias,
-    log_scale, far_bias, top, rden, delta,
+    log_scale, far_bias, top, delta,
     decay, decay_b, decay_t, decay_h,
     starts, lengths, bases, seg_sequence, seg_first,
     out_kv, out_k, out_m, out_g,
@@ -52,12 +52,18 @@ def fold_kernel(
 ):  # fmt: skip
     """One segment of one key head: keys and values, or in REVERSE its G heads of queries and output gradients.
 
-    H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient, weighted by 1 / normaliser.
+    H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient over the normaliser.
     """
     head = tl.program_id(0)
     pid = tl.program_id(1)
     kv_heads = H // G if REVERSE else H
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
+    row64 = row.to(tl.int64)
+    origin = row64 * T + start  # the sequence's first token
+    x += row64 * x_b + start * x_t
+    y += row64 * y_b + start * y_t
+    if decay is not None:
+        decay += row64 * decay_b + start * decay_t
     if REVERSE:
         begin = tl.where(s == 0, 0, s * segment + REACH_TOKENS)
         end = tl.minimum((s + 1) * segment + REACH_TOKENS, length)
@@ -80,9 +86,8 @@ def fold_kernel(
         rows = begin + at * C + tl.arange(0, C)
         valid = rows < end
         counts = valid & (base + rows >= SINKS)
-        slots = start + rows.to(tl.int64)
         if DECAY:
-            g, gate64 = gates(decay + row.to(tl.int64) * decay_b + head * decay_h, slots, decay_t, valid)
+            g, gate64 = gates(decay + head * decay_h, rows, decay_t, valid)
             total += gate64
             gate = gate64.to(tl.float32)
             along = g.to(tl.float32) if REVERSE else (gate64 - g).to(tl.float32)
@@ -95,32 +100,30 @@ def fold_kernel(
                 w0, w1, l0, l1, c0, c1 = load_map(
                     weight, low, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT
                 )
-            xs = load_rows(x + row.to(tl.int64) * x_b + hx * x_h, slots, x_t, valid, D, BD)
-            ys = load_rows(y + row.to(tl.int64) * y_b + hx * y_h, slots, y_t, counts, V, BV)
+            xs = load_rows(x + hx * x_h, rows, x_t, valid, D, BD)
+            ys = load_rows(y + hx * y_h, rows, y_t, counts, V, BV)
             phi, logs = features(
                 xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
-            stat = (row.to(tl.int64) * T + slots) * H + hx
+            stat = (origin * H + hx) + rows.to(tl.int64) * H
             if log_scale is not None:
                 logs = tl.load(log_scale + stat, mask=valid, other=0.0)
             log_weight = along
             if REVERSE:
-                lin = tl.load(rden + stat, mask=valid, other=0.0)
                 z_weight = -tl.load(delta + stat, mask=valid, other=0.0)
                 if TOP:
+                    row_top = tl.load(top + stat, mask=valid, other=EMPTY)
+                    counts = row_top > EMPTY / 4
                     if far_bias is not None:
                         logs += tl.load(far_bias + hx)
-                    log_weight += logs - tl.load(top + stat, mask=valid, other=0.0)
+                    log_weight += logs - row_top
                 step = tl.where(group == 0, gate, 0.0)
             else:
-                lin = counts.to(tl.float32)
-                z_weight = tl.full([C], 1.0, tl.float32)
+                z_weight = counts.to(tl.float32)
                 if LOG:
                     log_weight += logs
                 step = gate
-            S, z, m = fold_chunk(
-                S, z, m, phi, ys, log_weight, lin, z_weight, step, LOG, DECAY, not REVERSE, OT, PRECISION
-            )
+            S, z, m = fold_chunk(S, z, m, phi, ys, log_weight, counts, z_weight, step, LOG, DECAY, OT, PRECISION)
     f = tl.arange(0, BF)
     v = tl.arange(0, BV)
     place = pid.to(tl.int64) * kv_heads + head

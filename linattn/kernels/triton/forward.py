@@ -100,6 +100,7 @@ def attend_kernel(
     kv_head = head // G
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
     row64 = row.to(tl.int64)
+    origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = query_weight is not None
@@ -109,12 +110,12 @@ def attend_kernel(
     NEAR_BLOCKS: tl.constexpr = WINDOW // C  # blocks that lie in every query's window
     REACH: tl.constexpr = (WINDOW + C - 2) // C if WINDOW > 1 else 0
 
-    q += row64 * q_b + head * q_h
-    k += row64 * k_b + kv_head * k_h
-    v += row64 * v_b + kv_head * v_h
+    q += row64 * q_b + start * q_t + head * q_h
+    k += row64 * k_b + start * k_t + kv_head * k_h
+    v += row64 * v_b + start * v_t + kv_head * v_h
     if FAR:
-        qf += row64 * qf_b + head * qf_h
-        kf += row64 * kf_b + kv_head * kf_h
+        qf += row64 * qf_b + start * qf_t + head * qf_h
+        kf += row64 * kf_b + start * kf_t + kv_head * kf_h
         qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
             query_weight,
             query_low,
@@ -131,7 +132,7 @@ def attend_kernel(
             key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
         )
     if DECAY:
-        decay += row64 * decay_b + kv_head * decay_h
+        decay += row64 * decay_b + start * decay_t + kv_head * decay_h
 
     place = pid.to(tl.int64) * kv_heads + kv_head
     S, z, m = load_memory(state_kv, state_k, state_m, place, F, V, BF, BV, KLOG)
@@ -146,19 +147,18 @@ def attend_kernel(
     for i in range(first, last):
         rows = i * C + tl.arange(0, C)
         valid = rows < length
-        slots = start + rows.to(tl.int64)
-        stat = (row64 * T + slots) * H + head
-        xq = load_rows(q, slots, q_t, valid, D, BD) if NEAR else 0.0
+        stat = (origin * H + head) + rows.to(tl.int64) * H
+        xq = load_rows(q, rows, q_t, valid, D, BD) if NEAR else 0.0
         between = tl.full([], 0.0, tl.float64)
         g = tl.zeros([C], tl.float64)
         gate64 = tl.full([], 0.0, tl.float64)
         lag = tl.full([], 0.0, tl.float64)
         if DECAY:
-            g, own = gates(decay, slots, decay_t, valid)
+            g, own = gates(decay, rows, decay_t, valid)
             gate64 += own
             for j in range(1, (REACH + 1) if KEYS else 1):
                 key_rows = rows - j * C
-                _, passed = gates(decay, start + key_rows.to(tl.int64), decay_t, (key_rows >= 0) & (key_rows < length))
+                _, passed = gates(decay, key_rows, decay_t, (key_rows >= 0) & (key_rows < length))
                 lag += passed
 
         # The exact part: whole blocks of the window.
@@ -170,16 +170,15 @@ def attend_kernel(
                 for j in range(0, NEAR_BLOCKS):
                     key_rows = rows - j * C
                     key_valid = (key_rows >= 0) & (key_rows < length)
-                    key_slots = start + key_rows.to(tl.int64)
-                    xk = load_rows(k, key_slots, k_t, key_valid, D, BD)
-                    xv = load_rows(v, key_slots, v_t, key_valid, V, BV)
+                    xk = load_rows(k, key_rows, k_t, key_valid, D, BD)
+                    xv = load_rows(v, key_rows, v_t, key_valid, V, BV)
                     gap = rows[:, None] - key_rows[None, :]
                     seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
                     logits = exact_logits(xq, xk, seen, scale, softcap, SOFTCAP, OT, PRECISION)
                     acc, den, top = accumulate(acc, den, top, logits, xv, OT, PRECISION)
                     if DECAY:
                         if j > 0:
-                            _, passed = gates(decay, key_slots, decay_t, key_valid)
+                            _, passed = gates(decay, key_rows, decay_t, key_valid)
                             between += passed
 
         # The memory: everything before the blocks that the window's edge crosses.
@@ -187,7 +186,7 @@ def attend_kernel(
         mass = tl.zeros([C], tl.float32)
         far_top = tl.zeros([C], tl.float32)
         if FAR:
-            xf = load_rows(qf, slots, qf_t, valid, DF, BDF)
+            xf = load_rows(qf, rows, qf_t, valid, DF, BDF)
             phi_q, log_q = features(
                 xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
@@ -211,21 +210,20 @@ def attend_kernel(
             for j in tl.static_range(NEAR_BLOCKS, REACH + 1):
                 key_rows = rows - j * C
                 key_valid = (key_rows >= 0) & (key_rows < length)
-                key_slots = start + key_rows.to(tl.int64)
-                xv = load_rows(v, key_slots, v_t, key_valid, V, BV)
+                xv = load_rows(v, key_rows, v_t, key_valid, V, BV)
                 gap = rows[:, None] - key_rows[None, :]
                 seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
                 if WINDOW > 0:
-                    xk = load_rows(k, key_slots, k_t, key_valid, D, BD)
+                    xk = load_rows(k, key_rows, k_t, key_valid, D, BD)
                     logits = exact_logits(xq, xk, seen & (gap < WINDOW), scale, softcap, SOFTCAP, OT, PRECISION)
                     acc, den, top = accumulate(acc, den, top, logits, xv, OT, PRECISION)
                 if FAR:
-                    xkf = load_rows(kf, key_slots, kf_t, key_valid, DF, BDF)
+                    xkf = load_rows(kf, key_rows, kf_t, key_valid, DF, BDF)
                     phi_k, log_k = features(
                         xkf, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
                     )
                     if key_log is not None:
-                        key_stat = (row64 * T + key_slots) * kv_heads + kv_head
+                        key_stat = (origin * kv_heads + kv_head) + key_rows.to(tl.int64) * kv_heads
                         log_k = tl.load(key_log + key_stat, mask=key_valid, other=0.0)
                     counts = key_valid & (base + key_rows >= SINKS)
                     is_far = seen & counts[None, :]
@@ -239,7 +237,7 @@ def attend_kernel(
                     block_gate = tl.full([], 0.0, tl.float64)
                     if DECAY:
                         if j > 0:
-                            key_g, passed = gates(decay, key_slots, decay_t, key_valid)
+                            key_g, passed = gates(decay, key_rows, decay_t, key_valid)
                             block_gate += passed
                             to_end = (block_gate - key_g).to(tl.float32)
                             log_w = (g + between).to(tl.float32)[:, None] + to_end[None, :]
@@ -275,8 +273,8 @@ def attend_kernel(
             else:
                 joined = 0.0
             S, z, m = fold_chunk(
-                S, z, m, phi_k, xv, to_end, counts.to(tl.float32), tl.full([C], 1.0, tl.float32), joined,
-                KLOG, DECAY, True, OT, PRECISION,
+                S, z, m, phi_k, xv, to_end, counts, counts.to(tl.float32), joined,
+                KLOG, DECAY, OT, PRECISION,
             )  # fmt: skip
 
         if SINKS > 0:
@@ -320,7 +318,7 @@ def attend_kernel(
             rden = tl.where(there, 1.0 / tl.where(there, mass, 1.0), 0.0)
         tl.store(out_rden + stat, rden, mask=valid)
         acc = acc * rden[:, None]
-        store_rows(out + (row64 * T * H + head) * V, slots, H * V, valid, acc, V, BV)
+        store_rows(out + (origin * H + head) * V, rows, H * V, valid, acc, V, BV)
         if residual is not None:
             lost = acc - acc.to(out.dtype.element_ty).to(tl.float32)
-            store_rows(residual + (row64 * T * H + head) * V, slots, H * V, valid, lost, V, BV)
+            store_rows(residual + (origin * H + head) * V, rows, H * V, valid, lost, V, BV)

@@ -236,7 +236,7 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, lag: int) -> tuple[Tensor
     fold.fold_kernel[(s.kv_heads, s.total)](
         source, *strides(source), x.v, *strides(x.v),
         *_weights(x)[1::2], _heads_of(x.key_weight, x.key_bias), x.key_bias,
-        x.key_log, None, None, None, None,
+        x.key_log, None, None, None,
         x.decay, *strides(x.decay),
         *_tables(x),
         kv, k, m, gate,
@@ -372,7 +372,7 @@ def final_memory_backward(
         x.decay, *strides(x.decay),
         *memory,
         *_tables(x),
-        None, None, None, None,
+        None, None, None,
         dx if shared else None, dv, None if shared else dx, dlog, dw, dc,
         o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
         C=c.chunk, QUERIES=False, **dims, **precision(dtype), num_warps=c.dkv_warps, num_stages=c.dkv_stages,
@@ -438,6 +438,7 @@ def attend_backward(
     f32 = {"dtype": torch.float32, "device": device}
     grads: dict[str, Tensor | None] = {}
     delta = torch.empty_like(stats.rden)
+    scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     count = delta.numel()
     if count:
         backward.delta_kernel[(triton.cdiv(count, 64),)](
@@ -445,6 +446,7 @@ def attend_backward(
             stats.residual if stats.residual.numel() else None,
             dout,
             stats.rden,
+            scaled,
             delta,
             count,
             V=s.value_dim,
@@ -453,8 +455,7 @@ def attend_backward(
             TOP=s.top,
         )
     if x.sink_logits is not None and needs["sink_logits"]:
-        weight = (x.sink_logits.float() - stats.top).exp() * stats.rden
-        grads["sink_logits"] = -(weight * delta).sum((0, 1))
+        grads["sink_logits"] = -((x.sink_logits.float() - stats.top).exp() * delta).sum((0, 1))
 
     shared = x.q_far is None
     keys = x.k is not None
@@ -492,7 +493,7 @@ def attend_backward(
         x.decay, *strides(x.decay), x.sink_k, x.sink_v,
         *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
         *_tables(x),
-        dout, stats.top, stats.rden, delta,
+        scaled, stats.top, delta,
         dq, dq_far, dlog_q, dwq, dcq, dsink_k, dsink_v,
         o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
         C=c.chunk, BS=block(o.sinks), KEYS=keys, **dims, **precision(dtype),
@@ -519,9 +520,9 @@ def attend_backward(
         gate = new((s.total, s.kv_heads) if x.decay is not None else (0,), **f32)
         lag = reach_tokens(o.window, c.chunk) if keys else 0
         fold.fold_kernel[(s.kv_heads, s.total)](
-            q_far, *strides(q_far), dout, *strides(dout),
+            q_far, *strides(q_far), scaled, *strides(scaled),
             *weights[::2], query_heads, x.query_bias,
-            x.query_log, x.far_bias, stats.top, stats.rden, delta,
+            x.query_log, x.far_bias, stats.top, delta,
             x.decay, *strides(x.decay),
             *_tables(x),
             kv, kz, m, gate,
@@ -558,7 +559,7 @@ def attend_backward(
                 x.decay, *strides(x.decay),
                 *((None, None, None) if memory is None else memory),
                 *_tables(x),
-                dout, stats.top, stats.rden, delta,
+                scaled, stats.top, delta,
                 dk, dv, dk_far, dlog_k, dwk, dck,
                 o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
                 C=c.chunk, QUERIES=True, **dims, **precision(dtype),
