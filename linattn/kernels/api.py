@@ -87,7 +87,9 @@ def kernel_attention(
         return_state: also return the memory after the last token.
         lookback: tokens that the returned state can roll back.
         chunk_size: tokens per chunk of the chunked implementation.
-        impl: ``"reference"`` (dense), ``"chunked"`` (PyTorch, O(T) memory) or ``"auto"``.
+        impl: ``"reference"`` (dense), ``"chunked"`` (PyTorch, O(T) memory), ``"triton"`` (GPU kernels; raises
+            :class:`~linattn.errors.UnsupportedError` with the reason where they cannot run) or ``"auto"``: Triton
+            kernels on a GPU that they support, else chunked.
 
     Returns:
         :class:`AttentionOutput`.

@@ -34,8 +34,14 @@ _announced: set[str] = set()
 
 
 def choose(call: Call) -> str:
-    """The implementation ``impl="auto"`` stands for."""
-    return "chunked"
+    """The implementation ``impl="auto"`` stands for: Triton kernels on a GPU that they support, else plain PyTorch."""
+    if call.q.device.type != "cuda":
+        return "chunked"
+    try:
+        from linattn.kernels.triton import backend
+    except ImportError:
+        return "chunked"
+    return "chunked" if backend.refusal(call) else "triton"
 
 
 def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from linattn.errors import UnsupportedError
@@ -15,7 +18,7 @@ from linattn.kernels import chunked
 from linattn.kernels import layout as layouts
 from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
-from linattn.kernels.triton import ops
+from linattn.kernels.triton import ops, step
 from linattn.kernels.triton.config import Config, segment_tokens
 from linattn.kernels.triton.launch import Inputs, Memory, Options, block, rows
 from linattn.kernels.validate import Call
@@ -29,10 +32,40 @@ STATE_TILE = 128 * 128
 """Features times value columns of one program's memory; wider values are attended in slices."""
 
 
+MISCOMPILED: tuple[tuple[str, str, tuple[int, int], str], ...] = ()
+"""Triton releases that miscompile these kernels on a chip: first and last version, compute capability, what is wrong.
+
+Empty: the gradients of the suite are right on every combination it has run on.
+"""
+
+
+@functools.cache
+def miscompiled(version: str, capability: tuple[int, int] | None) -> str | None:
+    """Why this release of Triton must not run these kernels on this chip, or None."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+    for first, last, chip, wrong in MISCOMPILED:
+        if chip == capability and numbers(first) <= numbers(version) <= numbers(last):
+            name = ".".join(map(str, chip))
+            return f"Triton {version} miscompiles them for compute capability {name} ({wrong}); install another release"
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int] | None:
+    return None if torch.version.hip else torch.cuda.get_device_capability(index)
+
+
 def refusal(call: Call) -> str | None:
     """Why these kernels cannot run a call, or None."""
     if call.q.device.type != "cuda" and not INTERPRETED:
         return f"the tensors are on {call.q.device}; Triton kernels need a GPU"
+    if call.q.device.type == "cuda" and MISCOMPILED:
+        wrong = miscompiled(triton.__version__, _capability(call.q.device.index or 0))
+        if wrong:
+            return wrong
     if call.q.dtype == torch.float64:
         return "float64 is the reference's; use float32, float16 or bfloat16"
     if call.feature_dim > MOST_FEATURES:
@@ -104,6 +137,8 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
         return chunked.attend(call)
     if not call.causal:
         return _attend_both_ways(call), None
+    if not torch.compiler.is_compiling() and step.takes(call):
+        return step.attend_step(call)
     return _attend_causal(call)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linattn.errors import UnsupportedError
 from linattn.kernels.triton import launch
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.launch import FIRST_TABLE, Inputs, Memory, Options, Stats
@@ -59,6 +60,22 @@ def _chosen(grads: dict[str, Tensor | None], needs: dict[str, bool]) -> tuple[Te
     return tuple(grads.get(name) if needs[name] else None for name in Inputs._fields)
 
 
+class _Once(torch.autograd.Function):
+    """A backward pass as a function of its own: transforms of torch.func see through it, a second derivative stops."""
+
+    @staticmethod
+    def forward(run: Callable[..., tuple[Tensor | None, ...]], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise UnsupportedError("impl='triton' has no second derivatives; use impl='chunked' for them.")
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(o: Options, c: Config, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -75,14 +92,16 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(*tensors, out, *stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * (COUNT + 2)
-        saved = ctx.saved_tensors
-        x, out, stats = Inputs(*saved[:COUNT]), saved[COUNT], Stats(*saved[COUNT + 1 :])
-        needs = _needs(ctx.needs_input_grad[2:])
-        return None, None, *_chosen(launch.attend_backward(x, ctx.options, ctx.config, out, stats, dout, needs), needs)
+        needs, o, c = _needs(ctx.needs_input_grad[2:]), ctx.options, ctx.config
+
+        def run(dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+            x, out, stats = Inputs(*saved[:COUNT]), saved[COUNT], Stats(*saved[COUNT + 1 :])
+            return _chosen(launch.attend_backward(x, o, c, out, stats, dout, needs), needs)
+
+        return None, None, *_Once.apply(run, dout, *ctx.saved_tensors)
 
 
 class _BothWays(torch.autograd.Function):
@@ -99,15 +118,16 @@ class _BothWays(torch.autograd.Function):
         ctx.save_for_backward(*tensors, reverse, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * (COUNT + 3)
-        saved = ctx.saved_tensors
-        x, reverse, output = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1 :]
-        needs = _needs(ctx.needs_input_grad[3:])
-        grads = _both_ways_backward(x, reverse, ctx.options, ctx.config, output, dout, needs)
-        return None, None, None, *_chosen(grads, needs)
+        needs, o, c = _needs(ctx.needs_input_grad[3:]), ctx.options, ctx.config
+
+        def run(dout: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+            x, reverse, output = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1 :]
+            return _chosen(_both_ways_backward(x, reverse, o, c, output, dout, needs), needs)
+
+        return None, None, None, *_Once.apply(run, dout, *ctx.saved_tensors)
 
 
 class _Fold(torch.autograd.Function):
@@ -125,13 +145,14 @@ class _Fold(torch.autograd.Function):
         ctx.save_for_backward(*tensors, m, gate)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dkv: Tensor, dk: Tensor, *_: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        x, m, gate = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1]
-        needs = _needs(ctx.needs_input_grad[2:])
-        grads = launch.final_memory_backward(x, ctx.options, ctx.config, m, gate, dkv, dk, needs)
-        return None, None, *_chosen(grads, needs)
+        needs, o, c = _needs(ctx.needs_input_grad[2:]), ctx.options, ctx.config
+
+        def run(dkv: Tensor, dk: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+            x, m, gate = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1]
+            return _chosen(launch.final_memory_backward(x, o, c, m, gate, dkv, dk, needs), needs)
+
+        return None, None, *_Once.apply(run, dkv, dk, *ctx.saved_tensors)
 
 
 # ---------------------------------------------------------------------------------------------------- both ways

@@ -13,4 +13,5 @@ pytest.importorskip("triton", reason="Triton is not installed")
 class TestTriton(KernelContract):
     impl = "triton"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = (torch.float32, torch.float16) + ((torch.bfloat16,) if torch.cuda.is_available() else ())
+    # The interpreter computes in float32 whatever the tensors are, and bfloat16 there is wrong.
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,)

@@ -1,0 +1,162 @@
+"""What only a GPU can show: long sequences, tensors past 2³¹ elements, poisoned memory, determinism, real precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linattn.feature_maps import make
+from linattn.kernels import kernel_attention, linear_attention
+from linattn.testing import budgets
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+HYBRID = {"window": 128, "sinks": 4}
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    rng = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=rng, device="cuda").to(dtype)
+
+
+def check(
+    name: str, batch: int, length: int, heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype,
+    *, decay: bool = False, options: dict[str, Any] | None = None, map_options: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Outputs and every gradient within twice the error of chunked attention in the same dtype, against float64."""
+    torch.manual_seed(7)
+    phi = make(name, dim, num_heads=heads, num_kv_heads=kv_heads, **(map_options or {})).cuda()
+    tensors = [
+        normal(batch, length, heads, dim, dtype=dtype, seed=1),
+        normal(batch, length, kv_heads, dim, dtype=dtype, seed=2),
+        normal(batch, length, kv_heads, value_dim, dtype=dtype, seed=3),
+    ]
+    gates = -0.05 * torch.rand(batch, length, kv_heads, device="cuda") if decay else None
+    cotangent = normal(batch, length, heads, value_dim, dtype=dtype, seed=4)
+
+    def run(impl: str, wide: bool) -> dict[str, Tensor]:
+        cast = torch.float64 if wide else dtype
+        map_ = make(name, dim, num_heads=heads, num_kv_heads=kv_heads, **(map_options or {})).cuda()
+        map_.load_state_dict(phi.state_dict())
+        map_ = map_.double() if wide else map_
+        leaves = {n: t.to(cast).requires_grad_() for n, t in zip("qkv", tensors, strict=True)}
+        extra = {} if gates is None else {"decay": gates.to(torch.float64 if wide else torch.float32).requires_grad_()}
+        out = kernel_attention(**leaves, **extra, feature_map=map_, impl=impl, **(options or {})).out
+        watched = {**leaves, **extra, **dict(map_.named_parameters())}
+        grads = torch.autograd.grad(out, list(watched.values()), cotangent.to(out.dtype))
+        return {"output": out.detach(), **{f"gradient of {n}": g for n, g in zip(watched, grads, strict=True)}}
+
+    exact, low, found = run("chunked", True), run("chunked", False), run("triton", False)
+    for what, want in exact.items():
+        budget = budgets.low_precision(dtype, want, low[what], count=length, terms=0.0)
+        assert budgets.error(found[what], want) <= budget, f"{what}: {budgets.error(found[what], want)} > {budget}"
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("decay", [False, True], ids=["no-decay", "decay"])
+@pytest.mark.parametrize(
+    ("name", "dim", "value_dim", "map_options"),
+    [
+        ("hedgehog", 64, 64, {}),
+        ("hedgehog", 16, 32, {}),
+        ("exp", 64, 128, {"num_features": 96}),
+        ("favor+", 128, 128, {"num_features": 128}),
+        ("elu", 64, 64, {}),
+        ("relu", 128, 256, {}),
+        ("taylor2", 16, 64, {}),
+        ("nystrom", 64, 64, {"num_landmarks": 32}),
+    ],
+)
+def test_maps(
+    name: str,
+    dim: int,
+    value_dim: int,
+    map_options: dict[str, Any],
+    decay: bool,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    check(name, 2, 333, 4, 2, dim, value_dim, dtype, decay=decay, options=options, map_options=map_options)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1000, 4097])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_lengths_and_groups(length: int, groups: int) -> None:
+    check("hedgehog", 1, length, 4, 4 // groups, 64, 64, torch.bfloat16, decay=True, options=HYBRID)
+    check("hedgehog", 1, length, 4, 4 // groups, 64, 64, torch.bfloat16)
+
+
+def test_a_million_tokens() -> None:
+    length = 1 << 20
+    q, k = (normal(1, length, 1, 64, dtype=torch.bfloat16, seed=s) for s in (1, 2))
+    v = normal(1, length, 1, 64, dtype=torch.bfloat16, seed=3)
+    phi = make("hedgehog", 64).cuda()
+    for options in ({}, HYBRID):
+        found = kernel_attention(q, k, v, feature_map=phi, impl="triton", **options).out
+        wide = [x.double() for x in (q, k, v)]
+        want = kernel_attention(*wide, feature_map=make("hedgehog", 64).cuda().double(), impl="chunked", **options).out
+        tail = slice(length - 4096, length)
+        for part in (slice(0, 4096), tail):
+            size = want[:, part].abs().max().item()
+            worst = (found[:, part].double() - want[:, part]).abs().max().item()
+            assert worst <= 0.02 * size, f"off by {worst} at {part} for outputs up to {size}, {options}"
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    length, heads = (1 << 20) + 64, 16  # q and k have 2³¹ + 2¹⁷ elements
+    q = torch.rand(1, length, heads, 128, device="cuda", dtype=torch.bfloat16)
+    v = torch.rand(1, length, heads, 16, device="cuda", dtype=torch.bfloat16)
+    assert q.numel() > 2**31
+    out = linear_attention(q, q, v, impl="triton").out
+    want = linear_attention(q[:, :, -1:], q[:, :, -1:], v[:, :, -1:], impl="triton").out
+    torch.testing.assert_close(out[:, -4096:, -1:], want[:, -4096:], atol=2e-3, rtol=2e-2)
+
+
+def test_no_uninitialised_memory_is_read() -> None:
+    poison = torch.full((1 << 28,), float("nan"), device="cuda")  # 1 GiB of NaN that later allocations reuse
+    del poison
+    phi = make("hedgehog", 64, num_heads=4, num_kv_heads=2).cuda()
+    for options in (
+        {},
+        HYBRID,
+        {"mask": torch.arange(777, device="cuda")[None] >= torch.tensor([[3], [40]], device="cuda")},
+    ):
+        leaves = [normal(2, 777, h, 64, dtype=torch.bfloat16, seed=h).requires_grad_() for h in (4, 2, 2)]
+        out = kernel_attention(*leaves, feature_map=phi, impl="triton", **options).out
+        for t in (out, *torch.autograd.grad(out, [*leaves, *phi.parameters()], torch.ones_like(out))):
+            assert bool(torch.isfinite(t).all())
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    phi = make("hedgehog", 64, num_heads=4, num_kv_heads=2).cuda()
+    leaves = [normal(2, 3000, h, 64, dtype=torch.bfloat16, seed=h).requires_grad_() for h in (4, 2, 2)]
+    decay = (-0.1 * torch.rand(2, 3000, 2, device="cuda")).requires_grad_()
+
+    def run() -> list[Tensor]:
+        out = kernel_attention(*leaves, decay=decay, feature_map=phi, impl="triton", **HYBRID).out
+        return [out, *torch.autograd.grad(out, [*leaves, decay, *phi.parameters()], torch.ones_like(out))]
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_packed_sequences_equal_separate_ones() -> None:
+    lengths = [700, 1, 0, 1300, 64]
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    phi = make("hedgehog", 64, num_heads=4, num_kv_heads=2).cuda()
+    tensors = [normal(1, sum(lengths), h, 64, dtype=torch.bfloat16, seed=h) for h in (4, 2, 2)]
+    packed = kernel_attention(*tensors, feature_map=phi, cu_seqlens=bounds, impl="triton", **HYBRID).out
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if stop > start:
+            alone = kernel_attention(*(x[:, start:stop] for x in tensors), feature_map=phi, impl="triton", **HYBRID).out
+            torch.testing.assert_close(packed[:, start:stop], alone, atol=1e-2, rtol=1e-2)

@@ -1,0 +1,139 @@
+"""The kernels under torch.compile, torch.func, checkpointing and opcheck, and what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linattn.errors import UnsupportedError
+from linattn.feature_maps import make
+from linattn.kernels import AttentionOutput, kernel_attention, linear_attention
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from linattn.kernels.triton import backend, ops
+from linattn.kernels.triton.config import Config
+from linattn.kernels.triton.launch import Inputs, Options
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HYBRID = {"window": 5, "sinks": 2}
+
+
+def inputs(length: int, *, grad: bool = True) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(length)
+    shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 6))
+    return [torch.randn(s, generator=rng).to(DEVICE).requires_grad_(grad) for s in shapes]
+
+
+def gates(length: int) -> Tensor:
+    return (-0.2 * torch.rand(2, length, 2, generator=torch.Generator().manual_seed(1))).to(DEVICE).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, HYBRID, {**HYBRID, "return_state": True}, {"causal": False}, {"causal": False, "window": 5}],
+    ids=["pure", "hybrid", "state", "bidirectional", "bidirectional-window"],
+)
+def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
+    phi = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> AttentionOutput:
+        return kernel_attention(q, k, v, feature_map=phi, decay=decay, impl="triton", **options)
+
+    def loss(result: AttentionOutput) -> Tensor:
+        total = result.out.square().sum()
+        return total if result.state is None else total + result.state.kv.square().sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (21, 37, 50):
+        tensors = inputs(length)
+        decay = gates(length) if options.get("causal", True) else None
+        leaves = [*tensors, *([] if decay is None else [decay]), *phi.parameters()]
+        eager, graph = attend(*tensors, decay), compiled(*tensors, decay)
+        torch.testing.assert_close(graph.out, eager.out)
+        for a, b in zip(
+            torch.autograd.grad(loss(graph), leaves), torch.autograd.grad(loss(eager), leaves), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1, f"compiled {graphs} graphs for three lengths"
+
+
+def operator_arguments() -> tuple[Any, ...]:
+    q, k, v = inputs(19)
+    options = Options(5, 0, True, 8, 6, "given", False, 0.3, 0.0, 0.0, 0.0, False, 16)
+    q, k = (x.detach().abs().requires_grad_() for x in (q, k))
+    found = ops._call(lambda *a: a, Inputs(q=q, k=k, v=v, decay=gates(19)), options, Config(chunk=16, fold_chunk=16))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("name", ["attend", "final_memory"])
+def test_opcheck(name: str) -> None:
+    op = getattr(torch.ops.linattn, name).default
+    torch.library.opcheck(
+        op, operator_arguments(), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+
+
+def test_func_grad() -> None:
+    q, k, v = inputs(21, grad=False)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(q.abs(), k.abs(), v, impl="triton").out.square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    for a, b in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    tensors, phi = inputs(21), make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+
+    def attend(*x: Tensor) -> Tensor:
+        return kernel_attention(*x, feature_map=phi, impl="triton", **HYBRID).out
+
+    plain = torch.autograd.grad(attend(*tensors).square().sum(), tensors)
+    kept = torch.utils.checkpoint.checkpoint(attend, *tensors, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(kept.square().sum(), tensors), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_derivatives_are_refused() -> None:
+    tensors = inputs(9)
+    out = linear_attention(*(x.abs() for x in tensors[:2]), tensors[2], impl="triton").out
+    first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+    with pytest.raises(UnsupportedError, match="no second derivatives"):
+        first[0].sum().backward()
+
+
+def test_refusals_name_the_reason() -> None:
+    q, k, v = inputs(9, grad=False)
+    with pytest.raises(UnsupportedError, match="float64 is the reference's"):
+        linear_attention(q.double(), k.double(), v.double(), impl="triton")
+    wide = torch.rand(1, 3, 1, 600, device=DEVICE)
+    with pytest.raises(UnsupportedError, match="600 features are more than 512"):
+        linear_attention(wide, wide, wide[..., :8], impl="triton")
+    phi = make("elu", 8, num_heads=4, num_kv_heads=2)
+    with pytest.raises(UnsupportedError, match="6 sinks needs a window"):
+        kernel_attention(q, k, v, feature_map=phi, window=5, sinks=6, causal=False, impl="triton")
+
+
+def test_a_miscompiling_release_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "MISCOMPILED", (("3.5.0", "3.5.2", (9, 0), "wrong dk"),))
+    backend.miscompiled.cache_clear()
+    assert "Triton 3.5.1 miscompiles" in str(backend.miscompiled("3.5.1", (9, 0)))
+    assert backend.miscompiled("3.6.0", (9, 0)) is None
+    assert backend.miscompiled("3.5.1", (8, 0)) is None
+    backend.miscompiled.cache_clear()
+
+
+def test_wide_values_go_in_slices() -> None:
+    q, k, v = (torch.rand(1, 33, 1, 256, device=DEVICE).requires_grad_() for _ in range(3))
+    found, expected = (linear_attention(q, k, v, impl=impl).out for impl in ("triton", "chunked"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
