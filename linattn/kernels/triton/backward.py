@@ -24,6 +24,7 @@ from linattn.kernels.triton.device import (
     load_rows,
     locate,
     store_rows,
+    unseen,
 )
 from linattn.kernels.triton.forward import tanh
 
@@ -146,6 +147,8 @@ def dq_kernel(
     NEAR: tl.constexpr = (WINDOW > 0) or (SINKS > 0)
     NEAR_BLOCKS: tl.constexpr = WINDOW // C
     REACH: tl.constexpr = (WINDOW + C - 2) // C if WINDOW > 1 else 0
+    LEAST: tl.constexpr = 1 if STRICT else 0  # tokens between a query and the newest key it sees
+    FAR_GAP: tl.constexpr = WINDOW if WINDOW > LEAST else LEAST
     SHARED: tl.constexpr = dqf is None  # the far branch sees q itself
 
     q += row64 * q_b + start * q_t + head * q_h
@@ -218,8 +221,7 @@ def dq_kernel(
                     key_valid = (key_rows >= 0) & (key_rows < length)
                     xk = load_rows(k, key_rows, k_t, key_valid, D, BD).to(OT)
                     xv = load_rows(v, key_rows, v_t, key_valid, V, BV).to(OT)
-                    gap = rows[:, None] - key_rows[None, :]
-                    seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
+                    seen = rows[:, None] >= unseen(key_rows, key_valid)[None, :] + LEAST
                     raw = tl.dot(xq.to(OT), tl.trans(xk), input_precision=PRECISION) * scale
                     p, slope = exact_weights(raw, seen, row_top[:, None], softcap, SOFTCAP)
                     e = tl.dot(xdo.to(OT), tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
@@ -230,10 +232,12 @@ def dq_kernel(
                             between += passed
 
         if FAR:
-            xf = load_rows(qf, rows, qf_t, valid, DF, BDF)
-            phi_q, log_q = features(
-                xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-            )
+            log_q = tl.zeros([C], tl.float32)
+            if KLOG and PROJECT:
+                xf = load_rows(qf, rows, qf_t, valid, DF, BDF)
+                phi_q, log_q = features(
+                    xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
+                )
             if query_log is not None:
                 log_q = tl.load(query_log + stat, mask=valid, other=0.0)
             if far_bias is not None:
@@ -255,13 +259,13 @@ def dq_kernel(
                 key_rows = rows - j * C
                 key_valid = (key_rows >= 0) & (key_rows < length)
                 xv = load_rows(v, key_rows, v_t, key_valid, V, BV).to(OT)
-                gap = rows[:, None] - key_rows[None, :]
-                seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
                 e = tl.dot(xdo.to(OT), tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
                 if WINDOW > 0:
                     xk = load_rows(k, key_rows, k_t, key_valid, D, BD).to(OT)
                     raw = tl.dot(xq.to(OT), tl.trans(xk), input_precision=PRECISION) * scale
-                    p, slope = exact_weights(raw, seen & (gap < WINDOW), row_top[:, None], softcap, SOFTCAP)
+                    seen = rows[:, None] >= (unseen(key_rows, key_valid) if j > 0 else key_rows)[None, :] + LEAST
+                    seen = seen & (rows[:, None] < key_rows[None, :] + WINDOW)
+                    p, slope = exact_weights(raw, seen, row_top[:, None], softcap, SOFTCAP)
                     dxq = tl.dot((p * e * slope).to(OT), xk, dxq, input_precision=PRECISION)
                 if FAR:
                     xkf = load_rows(kf, key_rows, kf_t, key_valid, DF, BDF)
@@ -272,12 +276,13 @@ def dq_kernel(
                         key_stat = (origin * kv_heads + kv_head) + key_rows.to(tl.int64) * kv_heads
                         log_k = tl.load(key_log + key_stat, mask=key_valid, other=0.0)
                     counts = key_valid & (base + key_rows >= SINKS)
-                    is_far = seen & counts[None, :]
+                    is_far = (
+                        rows[:, None]
+                        >= (unseen(key_rows, counts) if j > 0 or SINKS > 0 else key_rows)[None, :] + FAR_GAP
+                    )
                     if SINKS > 0 and not (KLOG or DECAY):
                         phi_k = tl.where(counts[:, None], phi_k, 0.0)
                     phi_k = phi_k.to(OT)
-                    if WINDOW > 0:
-                        is_far = is_far & (gap >= WINDOW)
                     to_end = tl.zeros([C], tl.float32)
                     block_gate = tl.full([], 0.0, tl.float64)
                     if DECAY:
@@ -329,6 +334,11 @@ def dq_kernel(
             dsv = tl.dot(tl.trans(p.to(OT)), xdo.to(OT), dsv, input_precision=PRECISION)
 
         if FAR:
+            if not (KLOG and PROJECT):
+                xf = load_rows(qf, rows, qf_t, valid, DF, BDF)
+                phi_q, _ = features(
+                    xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
+                )
             if dlog is not None:
                 tl.store(dlog + stat, tl.sum(phi_q * dphi, 1), mask=valid)
             dx, dz, dz1 = features_backward(
@@ -337,10 +347,12 @@ def dq_kernel(
             if dweight is not None:
                 xt = tl.trans(xf.to(OT))
                 dw = tl.dot(xt, dz.to(OT), dw, input_precision=PRECISION)
-                dc += tl.sum(dz, 0)
+                if BIAS:
+                    dc += tl.sum(dz, 0)
                 if ACT == PRODUCT:
                     dw1 = tl.dot(xt, dz1.to(OT), dw1, input_precision=PRECISION)
-                    dc1 += tl.sum(dz1, 0)
+                    if BIAS:
+                        dc1 += tl.sum(dz1, 0)
             if SHARED:
                 if NEAR:
                     dxq = dxq * scale + dx
@@ -417,6 +429,8 @@ def dkv_kernel(
     LOW: tl.constexpr = query_low is not None
     NEAR_BLOCKS: tl.constexpr = WINDOW // C
     REACH: tl.constexpr = (WINDOW + C - 2) // C if WINDOW > 1 else 0
+    LEAST: tl.constexpr = 1 if STRICT else 0  # tokens between a query and the newest key it sees
+    FAR_GAP: tl.constexpr = WINDOW if WINDOW > LEAST else LEAST
     SHARED: tl.constexpr = dkf is None
 
     if QUERIES:
@@ -482,7 +496,7 @@ def dkv_kernel(
             low = R.to(OT)
             dxv = tl.dot(phi_kt, tl.trans(low), dxv, input_precision=PRECISION)
             dphi = tl.dot(xv, low, input_precision=PRECISION)
-            dphi = add_outer(dphi, tl.full([C], 1.0, tl.float32), z, OT, PRECISION)
+            dphi = add_outer(dphi, counts.to(tl.float32), z, OT, PRECISION)
             if SINKS > 0 or DECAY or TOP:
                 log_m = tl.zeros([C], tl.float32)
                 if DECAY:
@@ -504,8 +518,7 @@ def dkv_kernel(
                     if j > 0:
                         _, passed = gates(decay, query_rows, decay_t, query_valid)
                         between += passed
-                gap = query_rows[None, :] - rows[:, None]
-                seen = valid[:, None] & ((gap > 0) if STRICT else (gap >= 0))
+                seen = query_rows[None, :] >= rows[:, None] + LEAST
                 for group in range(G):
                     head = kv_head * G + group
                     stat = (origin * H + head) + query_rows.to(tl.int64) * H
@@ -535,8 +548,6 @@ def dkv_kernel(
                 else:
                     block_gate += gate64
                     log_w = -differences(g)
-            gap = query_rows[None, :] - rows[:, None]
-            seen = valid[:, None] & ((gap > 0) if STRICT else (gap >= 0))
             for group in range(G):
                 head = kv_head * G + group
                 stat = (origin * H + head) + query_rows.to(tl.int64) * H
@@ -547,7 +558,9 @@ def dkv_kernel(
                     e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
                     xq = load_rows(q + head * q_h, query_rows, q_t, query_valid, D, BD).to(OT)
                     raw = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
-                    p, slope = exact_weights(raw, seen & (gap < WINDOW), row_top[None, :], softcap, SOFTCAP)
+                    seen = query_rows[None, :] >= rows[:, None] + LEAST
+                    seen = seen & (query_rows[None, :] < rows[:, None] + WINDOW)
+                    p, slope = exact_weights(raw, seen, row_top[None, :], softcap, SOFTCAP)
                     dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
                     dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
                 if FAR:
@@ -565,9 +578,7 @@ def dkv_kernel(
                     if far_bias is not None:
                         log_q += tl.load(far_bias + head)
                     relative = (log_q - row_top) if TOP else tl.zeros([C], tl.float32)
-                    is_far = seen & counts[:, None]
-                    if WINDOW > 0:
-                        is_far = is_far & (gap >= WINDOW)
+                    is_far = query_rows[None, :] >= (unseen(rows, counts) if SINKS > 0 else rows)[:, None] + FAR_GAP
                     phi_qt = phi_q.to(OT)
                     kernel = tl.dot(phi_kt, tl.trans(phi_qt), input_precision=PRECISION)
                     if DECAY or TOP:
@@ -602,19 +613,36 @@ def dkv_kernel(
             if dlog is not None:
                 tl.store(
                     dlog + (origin * kv_heads + kv_head) + rows.to(tl.int64) * kv_heads,
-                    tl.sum(phi_k * dphi, 1),
+                    tl.sum(phi_kt * dphi, 1),
                     mask=valid,
                 )
             dx, dz, dz1 = features_backward(
-                xkf, phi_k, dphi, kw0, kw1, kl0, kl1, kc0, kc1, norm, ACT, PROJECT, LOW, BIAS, OT, PRECISION
+                xkf,
+                phi_kt.to(tl.float32),
+                dphi,
+                kw0,
+                kw1,
+                kl0,
+                kl1,
+                kc0,
+                kc1,
+                norm,
+                ACT,
+                PROJECT,
+                LOW,
+                BIAS,
+                OT,
+                PRECISION,
             )
             if dweight is not None:
                 xt = tl.trans(xkf.to(OT))
                 dw = tl.dot(xt, dz.to(OT), dw, input_precision=PRECISION)
-                dc += tl.sum(dz, 0)
+                if BIAS:
+                    dc += tl.sum(dz, 0)
                 if ACT == PRODUCT:
                     dw1 = tl.dot(xt, dz1.to(OT), dw1, input_precision=PRECISION)
-                    dc1 += tl.sum(dz1, 0)
+                    if BIAS:
+                        dc1 += tl.sum(dz1, 0)
             if SHARED:
                 if WINDOW > 0:
                     dx += dxk * scale

@@ -46,6 +46,12 @@ def locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PA
 
 
 @triton.jit
+def unseen(rows, there):
+    """Keys' rows, those not ``there`` later than every query: one comparison masks a tile."""
+    return tl.where(there, rows, 1 << 30)
+
+
+@triton.jit
 def load_rows(base, rows, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at ``rows``, zeros elsewhere."""
     columns = tl.arange(0, BLOCK)

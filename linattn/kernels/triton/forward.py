@@ -19,6 +19,7 @@ from linattn.kernels.triton.device import (
     locate,
     store_rows,
     two_terms,
+    unseen,
 )
 
 LEAST_MASS = tl.constexpr(1e-34)
@@ -109,6 +110,8 @@ def attend_kernel(
     NEAR: tl.constexpr = (WINDOW > 0) or (SINKS > 0)
     NEAR_BLOCKS: tl.constexpr = WINDOW // C  # blocks that lie in every query's window
     REACH: tl.constexpr = (WINDOW + C - 2) // C if WINDOW > 1 else 0
+    LEAST: tl.constexpr = 1 if STRICT else 0  # tokens between a query and the newest key it sees
+    FAR_GAP: tl.constexpr = WINDOW if WINDOW > LEAST else LEAST
 
     q += row64 * q_b + start * q_t + head * q_h
     k += row64 * k_b + start * k_t + kv_head * k_h
@@ -172,8 +175,7 @@ def attend_kernel(
                     key_valid = (key_rows >= 0) & (key_rows < length)
                     xk = load_rows(k, key_rows, k_t, key_valid, D, BD)
                     xv = load_rows(v, key_rows, v_t, key_valid, V, BV)
-                    gap = rows[:, None] - key_rows[None, :]
-                    seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
+                    seen = rows[:, None] >= unseen(key_rows, key_valid)[None, :] + LEAST
                     logits = exact_logits(xq, xk, seen, scale, softcap, SOFTCAP, OT, PRECISION)
                     acc, den, top = accumulate(acc, den, top, logits, xv, OT, PRECISION)
                     if DECAY:
@@ -211,11 +213,11 @@ def attend_kernel(
                 key_rows = rows - j * C
                 key_valid = (key_rows >= 0) & (key_rows < length)
                 xv = load_rows(v, key_rows, v_t, key_valid, V, BV)
-                gap = rows[:, None] - key_rows[None, :]
-                seen = key_valid[None, :] & ((gap > 0) if STRICT else (gap >= 0))
                 if WINDOW > 0:
                     xk = load_rows(k, key_rows, k_t, key_valid, D, BD)
-                    logits = exact_logits(xq, xk, seen & (gap < WINDOW), scale, softcap, SOFTCAP, OT, PRECISION)
+                    seen = rows[:, None] >= (unseen(key_rows, key_valid) if j > 0 else key_rows)[None, :] + LEAST
+                    seen = seen & (rows[:, None] < key_rows[None, :] + WINDOW)
+                    logits = exact_logits(xq, xk, seen, scale, softcap, SOFTCAP, OT, PRECISION)
                     acc, den, top = accumulate(acc, den, top, logits, xv, OT, PRECISION)
                 if FAR:
                     xkf = load_rows(kf, key_rows, kf_t, key_valid, DF, BDF)
@@ -226,12 +228,13 @@ def attend_kernel(
                         key_stat = (origin * kv_heads + kv_head) + key_rows.to(tl.int64) * kv_heads
                         log_k = tl.load(key_log + key_stat, mask=key_valid, other=0.0)
                     counts = key_valid & (base + key_rows >= SINKS)
-                    is_far = seen & counts[None, :]
+                    is_far = (
+                        rows[:, None]
+                        >= (unseen(key_rows, counts) if j > 0 or SINKS > 0 else key_rows)[None, :] + FAR_GAP
+                    )
                     if SINKS > 0 and not (KLOG or DECAY):
                         phi_k = tl.where(counts[:, None], phi_k, 0.0)
                     phi_k = phi_k.to(OT)
-                    if WINDOW > 0:
-                        is_far = is_far & (gap >= WINDOW)
                     kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
                     to_end = tl.zeros([C], tl.float32)
                     block_gate = tl.full([], 0.0, tl.float64)
