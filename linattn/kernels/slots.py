@@ -104,7 +104,8 @@ class DecodeSlots:
             return torch.where((at >= 0).view(*at.shape, *[1] * (ring.ndim - 2)), ring, 0)
 
         recent_k, recent_v = right_aligned("ring_k"), right_aligned("ring_v")
-        assert recent_k is not None and recent_v is not None
+        assert recent_k is not None
+        assert recent_v is not None
         return AttentionState(
             kv=chosen["kv"],
             k=chosen["k"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,7 @@ def token_features(
     BF: tl.constexpr,
     ACT: tl.constexpr,
 ):
-    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, of which ``width`` numbers are not zero."""
+    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, zeros beyond ``width``."""
     f = tl.arange(0, BF)
     squares = 0.0
     z1 = tl.zeros([BF], tl.float32)
@@ -65,7 +67,8 @@ def token_features(
             cells = d[:, None] * F + f[None, :]
             products += tl.load(w + head * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
             if ACT == PRODUCT:
-                products1 += tl.load(w + (heads + head) * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+                second = tl.load(w + (heads + head) * D * F + cells, mask=real, other=0.0)
+                products1 += second.to(tl.float32) * xd[:, None]
         z = tl.sum(products, 0)
         if ACT == PRODUCT:
             z1 = tl.sum(products1, 0)
@@ -158,8 +161,8 @@ def step_kernel(
         S ← e^γ S + [p − W ≥ sinks] e^b φ_k vᵀ        k, v of the token p − W that leaves the window
         out = (Σ_near e^s v + e^c φ_q S) / (Σ_near e^s + e^c φ_q z)
 
-    with γ the new token's gate, b the leaving token's log-scale plus the gates of the W tokens after it, S and z relative
-    to exp(m). Only this program touches its part of the memory, and every thread has read before any thread writes.
+    with γ the new token's gate, b the leaving token's log-scale plus the gates of the W tokens after it, S and z
+    relative to exp(m). No other program touches its part of the memory; here, all threads read before any writes.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -462,7 +465,7 @@ def _step(
     weights: list[Tensor | None] = [None] * 4
     if found is not None:
         weights = [None if w is None else w.detach().to(q.device).contiguous() for w in found[1:5]]
-    elif feature_map is not None:
+    elif feature_map is not None and not isinstance(feature_map, Projected):
         at, leaving = _leaving(slots, kf, slot_indices)
         qf, log_q = _given(feature_map, "queries", qf, at, autocast_to)
         phi, log_phi = _given(feature_map, "keys", leaving, (at - slots.window).clamp_min(0), autocast_to)
@@ -496,7 +499,8 @@ def _step(
         kv_heads,
         G=heads // kv_heads, D=head_dim, V=value_dim, DF=kf.shape[-1], F=features,
         BD=bd, BV=bv, BDF=bdf, BF=bf, PART=min(bdf, max(block // bf, 1)),
-        WINDOW=window, BW=min(triton.next_power_of_2(max(window, 1)), max(block // max(bd, bv), 16)), SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
+        WINDOW=window, BW=min(triton.next_power_of_2(max(window, 1)), max(block // max(bd, bv), 16)),
+        SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
         FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation], SOFTCAP=bool(softcap),
         num_warps=num_warps,
     )  # fmt: skip
