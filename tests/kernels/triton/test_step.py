@@ -13,8 +13,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from linattn.errors import DtypeError, LinattnError, OptionError, ShapeError, StateError
-from linattn.feature_maps import FeatureMap, make
+from linattn.feature_maps import FeatureMap, Features, make
 from linattn.kernels import AttentionOutput, kernel_attention
+from linattn.kernels.protocols import Projected
 from linattn.kernels.slots import DecodeSlots
 from linattn.kernels.triton import step
 from linattn.kernels.validate import Call, resolve
@@ -41,6 +42,9 @@ def feature_map(name: str | None, head_dim: int = HEAD_DIM) -> FeatureMap | None
         return PlainMap(head_dim, **sizes).double()
     if name == "log-scaled":
         return LogScaledMap(head_dim, strength=4.0, **sizes).double()
+    activation, _, what = name.partition(" ")
+    if what:
+        return Written(activation, projects=what == "projected").double()
     torch.manual_seed(0)  # the same random projection each time
     made = make(name, head_dim, **sizes).double()
     for seed, parameter in enumerate(made.parameters()):
@@ -165,6 +169,68 @@ def test_steps_equal_the_reference(window: int, sinks: int, decay: str) -> None:
 @pytest.mark.parametrize("name", [*MAPS, "plain", "log-scaled"])
 def test_every_kind_of_map(name: str) -> None:
     Run(name).check()
+
+
+class Written(FeatureMap):
+    """φ as :class:`Projected` defines it, with projections and biases of every head's own."""
+
+    log_scaled = True
+
+    def __init__(self, activation: Any, *, projects: bool) -> None:
+        super().__init__(HEAD_DIM, num_heads=HEADS, num_kv_heads=KV_HEADS)
+        self.activation, self.projects = activation, projects
+        parts = 2 if activation == "product" else 1
+        for seed, (name, heads) in enumerate((("query", HEADS), ("key", KV_HEADS))):
+            weight = normal(parts, heads, HEAD_DIM, self.feature_dim, seed=seed) if projects else None
+            self.register_buffer(f"{name}_weight", weight)
+            bias = normal(parts, heads, self.feature_dim, seed=9 + seed) if projects else None
+            self.register_buffer(f"{name}_bias", bias)
+
+    @property
+    def feature_dim(self) -> int:
+        return 11 if self.projects else HEAD_DIM
+
+    def projected(self) -> Projected:
+        return Projected(
+            self.activation, self.query_weight, self.key_weight, self.query_bias, self.key_bias, norm=0.3, constant=-0.2
+        )
+
+    def written(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Features:
+        z = [x] if weight is None else [torch.einsum("bthd,hdf->bthf", x, w) for w in weight]
+        if bias is not None:
+            z = [part + c for part, c in zip(z, bias, strict=True)]
+        if self.activation == "exp":
+            top = z[0].amax(-1)
+            return Features((z[0] - top[..., None]).exp(), top - 0.3 * x.square().sum(-1) - 0.2)
+        found = {
+            "relu": lambda: z[0].relu(),
+            "elu": lambda: torch.nn.functional.elu(z[0]) + 1,
+            "softmax": lambda: z[0].softmax(-1),
+            "product": lambda: z[0] * z[1],
+        }
+        return Features(found[self.activation]())
+
+    def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> Features:
+        return self.written(q, self.query_weight, self.query_bias)
+
+    def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> Features:
+        return self.written(k, self.key_weight, self.key_bias)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "relu projected",
+        "elu projected",
+        "softmax projected",
+        "exp projected",
+        "product projected",
+        "softmax alone",
+        "exp alone",
+    ],
+)
+def test_every_activation_with_projections_of_each_head(name: str) -> None:
+    Run(name, window=2, sinks=0, length=8).check()
 
 
 @pytest.mark.parametrize("name", ["favor+", "taylor2", "log-scaled", "cosformer"])
