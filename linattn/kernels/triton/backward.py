@@ -12,6 +12,7 @@ import triton.language as tl
 from linattn.kernels.triton.device import (
     DENOMINATOR_FLOOR,
     EMPTY,
+    MIRRORED,
     PRODUCT,
     add_outer,
     differences,
@@ -185,10 +186,12 @@ def dq_kernel(
         dsk = tl.zeros([BS, BD], tl.float32)
         dsv = tl.zeros([BS, BV], tl.float32)
     if dweight is not None:
-        dw = tl.zeros([BDF, BF], tl.float32)
-        dw1 = tl.zeros([BDF, BF], tl.float32)
-        dc = tl.zeros([BF], tl.float32)
-        dc1 = tl.zeros([BF], tl.float32)
+        P: tl.constexpr = F // 2 if ACT == MIRRORED else F
+        BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF
+        dw = tl.zeros([BDF, BP], tl.float32)
+        dw1 = tl.zeros([BDF, BP], tl.float32)
+        dc = tl.zeros([BP], tl.float32)
+        dc1 = tl.zeros([BP], tl.float32)
 
     first = s * (segment // C)
     last = tl.minimum(first + segment // C, tl.cdiv(length, C))
@@ -371,7 +374,7 @@ def dq_kernel(
         store_rows(dsink_k + place * SINKS * D, sink_at, D, sink_at < SINKS, dsk * scale, D, BD)
         store_rows(dsink_v + place * SINKS * V, sink_at, V, sink_at < SINKS, dsv, V, BV)
     if dweight is not None:
-        store_map_gradient(dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * H + head, DF, F, BDF, BF, BIAS, ACT)
+        store_map_gradient(dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * H + head, DF, P, BDF, BP, BIAS, ACT)
 
 
 @triton.jit
@@ -455,10 +458,12 @@ def dkv_kernel(
     place = pid.to(tl.int64) * kv_heads + kv_head
     R, z, m = load_memory(state_kv, state_k, state_m, place, F, V, BF, BV, TOP)
     if dweight is not None:
-        dw = tl.zeros([BDF, BF], tl.float32)
-        dw1 = tl.zeros([BDF, BF], tl.float32)
-        dc = tl.zeros([BF], tl.float32)
-        dc1 = tl.zeros([BF], tl.float32)
+        P: tl.constexpr = F // 2 if ACT == MIRRORED else F
+        BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF
+        dw = tl.zeros([BDF, BP], tl.float32)
+        dw1 = tl.zeros([BDF, BP], tl.float32)
+        dc = tl.zeros([BP], tl.float32)
+        dc1 = tl.zeros([BP], tl.float32)
 
     first = s * (segment // C)
     last = tl.minimum(first + segment // C, tl.cdiv(length, C))
@@ -656,7 +661,7 @@ def dkv_kernel(
 
     if dweight is not None:
         store_map_gradient(
-            dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * kv_heads + kv_head, DF, F, BDF, BF, BIAS, ACT
+            dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * kv_heads + kv_head, DF, P, BDF, BP, BIAS, ACT
         )
 
 

@@ -16,8 +16,10 @@ ELU = tl.constexpr(2)
 SOFTMAX = tl.constexpr(3)
 EXP = tl.constexpr(4)
 PRODUCT = tl.constexpr(5)
+MIRRORED = tl.constexpr(6)
+"""softmax of [x W, −x W]: projections have half the features' columns, and F is a power of two."""
 
-ACTIVATIONS = {"given": 0, "relu": 1, "elu": 2, "softmax": 3, "exp": 4, "product": 5}
+ACTIVATIONS = {"given": 0, "relu": 1, "elu": 2, "softmax": 3, "exp": 4, "product": 5, "mirrored": 6}
 
 
 @triton.jit
@@ -101,6 +103,8 @@ def load_map(
 
     Weights wider than the tensor cores' operands come as two terms: the rounded weight and what rounding took.
     """
+    P: tl.constexpr = F // 2 if ACT == MIRRORED else F
+    BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF
     w0 = 0.0
     w1 = 0.0
     l0 = 0.0
@@ -108,17 +112,17 @@ def load_map(
     c0 = 0.0
     c1 = 0.0
     if w is not None:
-        w0 = load_weight(w, head, 0, heads, D, F, BD, BF)
+        w0 = load_weight(w, head, 0, heads, D, P, BD, BP)
         if low is not None:
-            l0 = load_weight(low, head, 0, heads, D, F, BD, BF)
+            l0 = load_weight(low, head, 0, heads, D, P, BD, BP)
         if ACT == PRODUCT:
-            w1 = load_weight(w, head, 1, heads, D, F, BD, BF)
+            w1 = load_weight(w, head, 1, heads, D, P, BD, BP)
             if low is not None:
-                l1 = load_weight(low, head, 1, heads, D, F, BD, BF)
+                l1 = load_weight(low, head, 1, heads, D, P, BD, BP)
     if c is not None:
-        c0 = load_bias(c, head, 0, heads, F, BF)
+        c0 = load_bias(c, head, 0, heads, P, BP)
         if ACT == PRODUCT:
-            c1 = load_bias(c, head, 1, heads, F, BF)
+            c1 = load_bias(c, head, 1, heads, P, BP)
     return w0, w1, l0, l1, c0, c1
 
 
@@ -131,6 +135,18 @@ def project(x, w, low, c, LOW: tl.constexpr, BIAS: tl.constexpr, OT: tl.constexp
     if BIAS:
         z += c[None, :]
     return z
+
+
+@triton.jit
+def beside(a, b):
+    """``[a, b]`` along the columns."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def sides(x):
+    """The two halves of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -176,6 +192,12 @@ def features(
             z = tl.where(real[None, :], z, EMPTY)
         phi = tl.exp(z - tl.max(z, 1)[:, None])
         phi = phi * (1.0 / tl.sum(phi, 1))[:, None]
+    elif ACT == MIRRORED:
+        top = tl.max(tl.abs(z), 1)[:, None]
+        up = tl.exp(z - top)
+        down = tl.exp(-z - top)
+        share = (1.0 / tl.sum(up + down, 1))[:, None]
+        phi = beside(up * share, down * share)
     elif ACT == EXP:
         if BF != F:
             z = tl.where(real[None, :], z, EMPTY)
@@ -210,7 +232,7 @@ def features_backward(
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of x ``[C, BD]`` and of both projections' outputs ``[C, BF]``, float32, from that of the features.
+    """Gradients of x ``[C, BD]`` and of both projections' outputs, float32, from that of the features ``[C, BF]``.
 
     Log-scales cancel: the gradient of exp(log_scale) · φ is given relative to exp(log_scale).
     """
@@ -223,6 +245,9 @@ def features_backward(
         dz = dphi * tl.minimum(phi, 1.0)
     elif ACT == SOFTMAX:
         dz = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
+    elif ACT == MIRRORED:
+        up, down = sides(phi * (dphi - tl.sum(phi * dphi, 1)[:, None]))
+        dz = up - down
     elif ACT == EXP:
         dz = phi * dphi
     else:

@@ -362,8 +362,8 @@ def final_memory_backward(
     dw = dc = None
     if x.key_weight is not None and (needs["key_weight"] or needs["key_bias"]):
         parts_of_map = x.key_weight.shape[0]
-        dw = torch.zeros(s.total, s.kv_heads, parts_of_map, s.far_dim, o.features, **f32)
-        dc = None if x.key_bias is None else torch.zeros(s.total, s.kv_heads, parts_of_map, o.features, **f32)
+        dw = torch.zeros(s.total, s.kv_heads, parts_of_map, *x.key_weight.shape[2:], **f32)
+        dc = None if x.key_bias is None else torch.zeros(s.total, s.kv_heads, parts_of_map, x.key_weight.shape[-1], **f32)
     dims = _dims(s, o) | {"WINDOW": 0, "TOP": o.key_log, "H": s.kv_heads, "G": 1}
     backward.dkv_kernel[(s.kv_heads, s.total)](
         k_far, 0, 0, 0, x.k, *strides(x.k), x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
@@ -479,8 +479,8 @@ def attend_backward(
     def share(weight: Tensor | None, bias: Tensor | None, names: tuple[str, str], heads: int) -> tuple[Any, Any]:
         if weight is None or not (needs[names[0]] or needs[names[1]]):
             return None, None
-        dw = make(s.total, heads, parts, s.far_dim, o.features, dtype=torch.float32)
-        return dw, None if bias is None else make(s.total, heads, parts, o.features, dtype=torch.float32)
+        dw = make(s.total, heads, parts, *weight.shape[2:], dtype=torch.float32)
+        return dw, None if bias is None else make(s.total, heads, parts, weight.shape[-1], dtype=torch.float32)
 
     dwq, dcq = share(x.query_weight, x.query_bias, ("query_weight", "query_bias"), s.heads)
     dsink_k = make(s.total, s.heads, o.sinks, s.head_dim, dtype=torch.float32) if o.sinks else None
