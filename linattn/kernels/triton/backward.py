@@ -16,6 +16,7 @@ from linattn.kernels.triton.device import (
     PRODUCT,
     add_outer,
     differences,
+    exp,
     features,
     features_backward,
     fold_chunk,
@@ -68,7 +69,7 @@ def exact_weights(
         t = tanh(s / softcap)
         s = softcap * t
         slope = 1.0 - t * t
-    p = tl.exp(tl.where(seen, s, EMPTY) - top)
+    p = exp(tl.where(seen, s, EMPTY) - top)
     return p, slope
 
 
@@ -255,7 +256,7 @@ def dq_kernel(
                     log_m += (g + lag).to(tl.float32)
                 if KLOG:
                     log_m += m
-                dphi = dphi * tl.exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
+                dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
 
         if KEYS:
             for j in tl.static_range(NEAR_BLOCKS, REACH + 1):
@@ -306,7 +307,7 @@ def dq_kernel(
                         to_end += log_k
                     if DECAY or TOP:
                         log_w = tl.minimum(log_w + relative[:, None], LARGEST_EXPONENT)
-                        de = e * tl.exp(tl.where(is_far, log_w, EMPTY))
+                        de = e * exp(tl.where(is_far, log_w, EMPTY))
                     else:
                         de = tl.where(is_far, e, 0.0)
                     dphi = tl.dot(de.to(OT), phi_k, dphi, input_precision=PRECISION)
@@ -510,7 +511,7 @@ def dkv_kernel(
                     log_m += m
                 if KLOG:
                     log_m += log_k
-                factor = tl.exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
+                factor = exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
                 dxv = dxv * factor[:, None]
                 dphi = dphi * factor[:, None]
 
@@ -590,7 +591,7 @@ def dkv_kernel(
                         exponent = log_w + relative[None, :]
                         if KLOG:
                             exponent += log_k[:, None]
-                        weight = tl.exp(tl.where(is_far, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
+                        weight = exp(tl.where(is_far, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
                         kernel = kernel * weight
                     else:
                         kernel = tl.where(is_far, kernel, 0.0)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from linattn.kernels.triton.device import (
     EMPTY,
+    exp,
     features,
     fold_chunk,
     gates,
@@ -196,13 +197,13 @@ def scan_kernel(
                 tl.store(out_m + place, top)
             part_m = tl.load(m + place)
             new = tl.maximum(top + step, part_m)
-            keep = tl.exp(top + step - new)
-            take = tl.exp(part_m - new)
+            keep = exp(top + step - new)
+            take = exp(part_m - new)
             S = S * keep + part * take
             z = z * keep + part_z * take
             top = new
         else:
-            keep = tl.exp(step)
+            keep = exp(step)
             S = S * keep + part
             z = z * keep + part_z
     if end_kv is not None:

@@ -10,6 +10,7 @@ from linattn.kernels.triton.device import (
     EMPTY,
     FAR_FLOOR,
     differences,
+    exp,
     features,
     fold_chunk,
     gates,
@@ -39,7 +40,7 @@ def exact_logits(
 
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
 
@@ -49,8 +50,8 @@ def accumulate(acc, den, top, s, v, OT: tl.constexpr, PRECISION: tl.constexpr):
     """Online softmax: one more block of logits ``s [C, N]`` and values ``v [N, BV]``."""
     new = tl.maximum(top, tl.max(s, 1))
     new = tl.maximum(new, EMPTY / 2)
-    keep = tl.exp(top - new)
-    p = tl.exp(s - new[:, None])
+    keep = exp(top - new)
+    p = exp(s - new[:, None])
     den = den * keep + tl.sum(p, 1)
     acc = acc * keep[:, None] + tl.dot(p.to(OT), v.to(OT), input_precision=PRECISION)
     return acc, den, new
@@ -204,8 +205,8 @@ def attend_kernel(
                 if KLOG:
                     far_top += since
                 else:
-                    num = num * tl.exp(since)[:, None]
-                    mass = mass * tl.exp(since)
+                    num = num * exp(since)[:, None]
+                    mass = mass * exp(since)
 
         # Those blocks: near and far, token by token.
         if KEYS:
@@ -256,14 +257,14 @@ def attend_kernel(
                         to_end += log_k
                         log_w = tl.where(is_far, log_w, EMPTY)
                         new = tl.maximum(tl.maximum(far_top, tl.max(log_w, 1)), EMPTY / 2)
-                        keep = tl.exp(far_top - new)
+                        keep = exp(far_top - new)
                         num = num * keep[:, None]
                         mass = mass * keep
                         far_top = new
-                        kernel = kernel * tl.exp(log_w - new[:, None])
+                        kernel = kernel * exp(log_w - new[:, None])
                     else:
                         if DECAY:
-                            kernel = kernel * tl.exp(tl.where(is_far, log_w, EMPTY))
+                            kernel = kernel * exp(tl.where(is_far, log_w, EMPTY))
                         else:
                             kernel = tl.where(is_far, kernel, 0.0)
                     mass += tl.sum(kernel, 1)
@@ -302,15 +303,15 @@ def attend_kernel(
                 sink_logit = tl.load(sink_logits + head).to(tl.float32)
                 new = tl.maximum(new, sink_logit)
             new = tl.maximum(new, EMPTY / 2)
-            keep = tl.exp(top - new)
+            keep = exp(top - new)
             acc = acc * keep[:, None]
             den = den * keep
             if FAR:
-                take = tl.exp(log_far - new)
+                take = exp(log_far - new)
                 acc += num * take[:, None]
                 den += mass * take
             if sink_logits is not None:
-                den += tl.exp(sink_logit - new)
+                den += exp(sink_logit - new)
             small = tl.where(den < 0, -DENOMINATOR_FLOOR, DENOMINATOR_FLOOR)
             rden = 1.0 / tl.where(tl.abs(den) < DENOMINATOR_FLOOR, small, den)
             rden = tl.where(new > EMPTY / 4, rden, 0.0)
