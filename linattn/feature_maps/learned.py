@@ -113,7 +113,7 @@ class Hedgehog(LearnedMap):
 
     def projected(self) -> Projected:
         query, key = (torch.cat([p["weight"], -p["weight"]], -1)[None] for p in (self.query, self.key))
-        return Projected("softmax", query, key)
+        return Projected("softmax", query, key, mirrored=True)
 
 
 @register

@@ -18,6 +18,7 @@ class Projected(NamedTuple):
         query_weight: ``[parts, H | 1, D, F]`` or None. key_weight: ``[parts, Hkv | 1, D, F]`` or None.
         query_bias: ``[parts, H | 1, F]`` or None. key_bias: ``[parts, Hkv | 1, F]`` or None.
         norm, constant: of ``exp``.
+        mirrored: the second half of the projection is the negative of the first.
     """
 
     activation: Literal["relu", "elu", "softmax", "exp", "product"]
@@ -27,6 +28,7 @@ class Projected(NamedTuple):
     key_bias: Tensor | None = None
     norm: float = 0.0
     constant: float = 0.0
+    mirrored: bool = False
 
 
 class KernelFeatureMap(Protocol):

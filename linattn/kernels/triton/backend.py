@@ -231,6 +231,10 @@ def _map(
     far: dict[str, Tensor | None] = {"q_far": q_far, "k_far": k_far}
     found = getattr(call.feature_map, "projected", lambda: None)()
     if found is not None and block(call.feature_dim) <= 256:
+        if found.mirrored and found.activation == "softmax" and block(call.feature_dim) == call.feature_dim:
+            half = call.feature_dim // 2
+            cut = [None if w is None else w[..., :half] for w in found[1:3]]
+            found = found._replace(activation="mirrored", query_weight=cut[0], key_weight=cut[1])
         return _Mapped(
             far | _weights(found, q),
             found.activation,
