@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from linattn.convert import LayerPlan
+    from linattn.kernels.triton.tune import Trial, Tuned
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
 
@@ -334,6 +336,76 @@ def maps(as_json: Json = False) -> None:
     _print(table)
 
 
+@app.command()
+def tune(
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")],
+    head_dim: Annotated[int, typer.Option(min=1, help="Size of one query or key head.")],
+    length: Annotated[int, typer.Option(min=1, metavar="TOKENS", help="Tokens of a sequence.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The table to write, or to add to.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default, --heads.")] = None,
+    value_dim: Annotated[int | None, typer.Option(min=1, help="Size of one value head; default, --head-dim.")] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAME", help="A feature map (`linattn maps`), `given`, or `none`: no far branch.")
+    ] = "hedgehog",
+    map_option: MapOptions = None,
+    feature_dim: Annotated[int, typer.Option(min=1, help="Of features that are given.")] = 128,
+    window: Window = 0,
+    sinks: Sinks = 0,
+    decay: Annotated[bool, typer.Option("--decay", help="With a log-gate for each token and key head.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of queries, keys and values.")] = Dtype.bfloat16,
+    as_json: Json = False,
+) -> None:
+    """Search for the fastest tiles, warps, stages and segments of the GPU kernels for your shapes, on your GPU.
+
+    Output and gradients of every candidate are compared with float64 before it is timed. The table holds the config and
+    the time of each candidate, or the reason why it has none; LINATTN_TABLE=FILE makes the kernels use it.
+
+    Examples:
+
+    - `linattn tune --heads 16 --head-dim 64 --length 131072 -o table.json`
+
+    - `linattn tune --heads 32 --kv-heads 8 --head-dim 128 --length 8192 --window 128 --sinks 4 --decay -o table.json`
+
+    - `linattn tune --heads 16 --head-dim 64 --length 2048 --batch 8 --features given --feature-dim 128 -o table.json`
+    """
+    kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
+    if heads % kv_heads:
+        raise typer.BadParameter(f"--heads {heads}: expected a multiple of --kv-heads {kv_heads}.")
+    if features == "none" and not window:
+        raise typer.BadParameter("--features none: without a far branch there must be a --window.")
+    with _progress() as step, step("Importing"):
+        import torch
+
+        from linattn.feature_maps import make
+
+        try:
+            from linattn.kernels.triton import tune as search
+        except ImportError as error:
+            raise UnsupportedError(f"tune: Triton cannot be imported ({error}).") from error
+    options = dict(map(_key_value, map_option or ()))
+    mapped = features not in ("given", "none")
+    problem = search.Problem(
+        batch=batch,
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        features=feature_dim if features == "given" else 0,
+        window=window,
+        sinks=sinks,
+        decay=decay,
+        dtype=getattr(torch, dtype.value),
+    )
+    with _trials() as watch:
+        found = search.tune(problem, partial(make, features, head_dim, **options) if mapped else None, watch=watch)
+    search.save(found, out)
+    typer.echo(json.dumps(search.evidence(found), indent=2, ensure_ascii=False)) if as_json else _print_tuned(
+        found, out
+    )
+
+
 # Reading options.
 
 
@@ -543,6 +615,53 @@ def _bytes(count: float) -> str:
         count /= 1024
         del units[0]
     return f"{count:.4g} {units[0]}"
+
+
+# Tuning.
+
+
+def _trial(trial: Trial) -> str:
+    """One candidate in a line: what it changes, and its time or why it has none."""
+    changes = ", ".join(f"{name} {value}" for name, value in trial.changes.items()) or "as shipped"
+    return f"{trial.step}: {changes}: {trial.reason if trial.ms is None else f'{trial.ms:.3f} ms'}"
+
+
+@contextlib.contextmanager
+def _trials() -> Iterator[Callable[[Trial, int], None]]:
+    """Candidates on standard error: a bar and what failed or led on a terminal, else a line each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("the shipped config, checked against float64")
+
+        def watch(trial: Trial, total: int) -> None:
+            progress.update(task, description=_trial(trial), total=total, advance=1)
+            if not console.is_terminal:
+                typer.echo(_trial(trial), err=True)
+
+        yield watch
+
+
+def _print_tuned(found: Tuned, out: Path) -> None:
+    for trial in found.trials:
+        if trial.kept:
+            typer.echo(f"kept  {_trial(trial)}")
+    for timed, (before, after) in found.ms.items():
+        start = "does not run" if before is None else f"{before:.3f} ms"
+        typer.echo(f"{timed}: shipped {start}, tuned {after:.3f} ms")
+    left_out = sum(trial.ms is None for trial in found.trials)
+    typer.echo(
+        f"{len(found.trials)} candidates, {left_out} of them wrong or not runnable. LINATTN_TABLE={out} uses it."
+    )
 
 
 # Showing.
