@@ -306,22 +306,26 @@ def halves(x):
 
 
 @triton.jit
-def two_terms(x, OT: tl.constexpr):
-    """``[N, 16]`` whose first two columns sum to ``x [N]``: a float32 vector as an operand of the tensor cores."""
-    column = tl.arange(0, 16)[None, :]
+def terms(x, OT: tl.constexpr):
+    """``[N, 16]`` of both terms of ``x [N]``, eight times: a float32 vector as an operand of the tensor cores."""
     high, low = halves(x)
-    return tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0.0)).to(OT)
+    pair = tl.join(high, low).to(OT)
+    return tl.reshape(tl.broadcast_to(pair[:, None, :], (x.shape[0], 8, 2)), (x.shape[0], 16))
+
+
+@triton.jit
+def dot_vector(a, x, OT: tl.constexpr, PRECISION: tl.constexpr):
+    """``a x`` of ``a [M, N]`` and a float32 vector."""
+    return tl.sum(tl.dot(a, terms(x, OT), input_precision=PRECISION), 1) * 0.125
 
 
 @triton.jit
 def add_outer(acc, a, b, OT: tl.constexpr, PRECISION: tl.constexpr):
     """``acc + a bᵀ [N, M]`` of float32 vectors, on the tensor cores."""
-    column = tl.arange(0, 16)[None, :]
-    a0, a1 = halves(a)
-    b0, b1 = halves(b)
-    left = tl.where(column < 2, a0[:, None], tl.where(column == 2, a1[:, None], 0.0)).to(OT)
-    right = tl.where(column == 1, b1[:, None], tl.where(column < 3, b0[:, None], 0.0)).to(OT)
-    return tl.dot(left, tl.trans(right), acc, input_precision=PRECISION)
+    high, low = halves(a * 0.25)
+    pair = tl.join(high, low).to(OT)
+    left = tl.reshape(tl.broadcast_to(pair[:, None, :, None], (a.shape[0], 4, 2, 2)), (a.shape[0], 16))
+    return tl.dot(left, tl.trans(terms(b, OT)), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -382,6 +386,6 @@ def fold_chunk(
         weighted = (phi.to(tl.float32) * weight[:, None]).to(OT)
         S = S * keep
         z = z * keep
-    z += tl.sum(tl.dot(tl.trans(phi), two_terms(z_weight, OT), input_precision=PRECISION), 1)
+    z += dot_vector(tl.trans(phi), z_weight, OT, PRECISION)
     S = tl.dot(tl.trans(y.to(OT)), weighted, S, input_precision=PRECISION)
     return S, z, m

@@ -10,6 +10,7 @@ from linattn.kernels.triton.device import (
     EMPTY,
     FAR_FLOOR,
     differences,
+    dot_vector,
     exp,
     features,
     fold_chunk,
@@ -19,7 +20,6 @@ from linattn.kernels.triton.device import (
     load_rows,
     locate,
     store_rows,
-    two_terms,
     unseen,
 )
 
@@ -197,7 +197,7 @@ def attend_kernel(
             if query_log is not None:
                 log_q = tl.load(query_log + stat, mask=valid, other=0.0)
             num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
-            mass = tl.sum(tl.dot(phi_q, two_terms(z, OT), input_precision=PRECISION), 1)
+            mass = dot_vector(phi_q, z, OT, PRECISION)
             if KLOG:
                 far_top += m
             if DECAY:
