@@ -47,8 +47,12 @@ def token_features(
     BD: tl.constexpr,
     BF: tl.constexpr,
     ACT: tl.constexpr,
+    MIRROR: tl.constexpr,
 ):
-    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, zeros beyond ``width``."""
+    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, zeros beyond ``width``.
+
+    MIRROR: columns of the projection that differ; the others are their negatives.
+    """
     f = tl.arange(0, BF)
     squares = 0.0
     z1 = tl.zeros([BF], tl.float32)
@@ -59,19 +63,24 @@ def token_features(
         head = tl.where(heads == 1, 0, head)
         products = tl.zeros([BD, BF], tl.float32)
         products1 = tl.zeros([BD, BF], tl.float32)
+        columns = f
+        sign = 1.0
+        if MIRROR < F:
+            columns = f % MIRROR
+            sign = tl.where(f < MIRROR, 1.0, -1.0)
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
             xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
             squares += tl.sum(xd * xd, 0)
             real = (d < D)[:, None] & (f < F)[None, :]
-            cells = d[:, None] * F + f[None, :]
+            cells = d[:, None] * F + columns[None, :]
             products += tl.load(w + head * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
             if ACT == PRODUCT:
                 second = tl.load(w + (heads + head) * D * F + cells, mask=real, other=0.0)
                 products1 += second.to(tl.float32) * xd[:, None]
-        z = tl.sum(products, 0)
+        z = tl.sum(products, 0) * sign
         if ACT == PRODUCT:
-            z1 = tl.sum(products1, 0)
+            z1 = tl.sum(products1, 0) * sign
         if c is not None:
             z += load_bias(c, head, 0, heads, F, BF)
             if ACT == PRODUCT:
@@ -154,6 +163,7 @@ def step_kernel(
     BS: tl.constexpr,
     FAR: tl.constexpr,
     ACT: tl.constexpr,
+    MIRROR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One key/value head of one sequence: its state passes through registers once.
@@ -241,7 +251,7 @@ def step_kernel(
                     leaving = ring_k + at * D
                 phi_k, log_k = token_features(
                     leaving, key_weight, key_bias, head, key_map_heads, norm, constant, tl.where(folds, DF, 0),
-                    DF, F, PART, BF, ACT,
+                    DF, F, PART, BF, ACT, MIRROR,
                 )  # fmt: skip
             leaving_v = v_new
             if WINDOW > 0:
@@ -272,7 +282,7 @@ def step_kernel(
                 else:
                     phi_q, log_far = token_features(
                         qf + g * qf_h, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
-                        DF, F, PART, BF, ACT,
+                        DF, F, PART, BF, ACT, MIRROR,
                     )  # fmt: skip
                     log_far += m_new
                 if far_bias is not None:
@@ -501,7 +511,8 @@ def _step(
         BD=bd, BV=bv, BDF=bdf, BF=bf, PART=min(bdf, max(block // bf, 1)),
         WINDOW=window, BW=min(triton.next_power_of_2(max(window, 1)), max(block // max(bd, bv), 16)),
         SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
-        FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation], SOFTCAP=bool(softcap),
+        FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation],
+        MIRROR=features // 2 if found is not None and found.mirrored else features, SOFTCAP=bool(softcap),
         num_warps=num_warps,
     )  # fmt: skip
     return out

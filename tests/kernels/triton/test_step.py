@@ -44,7 +44,7 @@ def feature_map(name: str | None, head_dim: int = HEAD_DIM) -> FeatureMap | None
         return LogScaledMap(head_dim, strength=4.0, **sizes).double()
     activation, _, what = name.partition(" ")
     if what:
-        return Written(activation, projects=what == "projected").double()
+        return Written(activation, projects=what != "alone", mirrored=what == "mirrored").double()
     torch.manual_seed(0)  # the same random projection each time
     made = make(name, head_dim, **sizes).double()
     for seed, parameter in enumerate(made.parameters()):
@@ -176,24 +176,25 @@ class Written(FeatureMap):
 
     log_scaled = True
 
-    def __init__(self, activation: Any, *, projects: bool) -> None:
+    def __init__(self, activation: Any, *, projects: bool, mirrored: bool = False) -> None:
         super().__init__(HEAD_DIM, num_heads=HEADS, num_kv_heads=KV_HEADS)
-        self.activation, self.projects = activation, projects
+        self.activation, self.projects, self.mirrored = activation, projects, mirrored
         parts = 2 if activation == "product" else 1
         for seed, (name, heads) in enumerate((("query", HEADS), ("key", KV_HEADS))):
             weight = normal(parts, heads, HEAD_DIM, self.feature_dim, seed=seed) if projects else None
+            if weight is not None and mirrored:
+                weight[..., 6:] = -weight[..., :6]
             self.register_buffer(f"{name}_weight", weight)
             bias = normal(parts, heads, self.feature_dim, seed=9 + seed) if projects else None
             self.register_buffer(f"{name}_bias", bias)
 
     @property
     def feature_dim(self) -> int:
-        return 11 if self.projects else HEAD_DIM
+        return (12 if self.mirrored else 11) if self.projects else HEAD_DIM
 
     def projected(self) -> Projected:
-        return Projected(
-            self.activation, self.query_weight, self.key_weight, self.query_bias, self.key_bias, norm=0.3, constant=-0.2
-        )
+        weights = (self.query_weight, self.key_weight, self.query_bias, self.key_bias)
+        return Projected(self.activation, *weights, norm=0.3, constant=-0.2, mirrored=self.mirrored)
 
     def written(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Features:
         z = [x] if weight is None else [torch.einsum("bthd,hdf->bthf", x, w) for w in weight]
@@ -217,19 +218,13 @@ class Written(FeatureMap):
         return self.written(k, self.key_weight, self.key_bias)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "relu projected",
-        "elu projected",
-        "softmax projected",
-        "exp projected",
-        "product projected",
-        "softmax alone",
-        "exp alone",
-    ],
-)
-def test_every_activation_with_projections_of_each_head(name: str) -> None:
+@pytest.mark.parametrize("activation", ["relu", "elu", "softmax", "exp", "product"])
+def test_every_activation_with_projections_of_each_head(activation: str) -> None:
+    Run(f"{activation} projected", window=2, sinks=0, length=8).check()
+
+
+@pytest.mark.parametrize("name", ["softmax mirrored", "exp mirrored", "softmax alone", "exp alone"])
+def test_mirrored_projections_and_none(name: str) -> None:
     Run(name, window=2, sinks=0, length=8).check()
 
 
