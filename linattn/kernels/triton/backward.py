@@ -535,11 +535,12 @@ def dkv_kernel(
                     e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
                     dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
 
-        # Values first, then keys: fewer accumulators at a time.
+        # Given features: values first, then keys, which needs fewer accumulators at a time. Others would be computed twice.
         edge = between
-        for phase in tl.static_range(2 if FAR else 1):
+        PHASES: tl.constexpr = 2 if FAR and not PROJECT else 1
+        for phase in tl.static_range(PHASES):
             between = edge
-            if phase == 1:
+            if FAR and phase == PHASES - 1:
                 dphi = tl.dot(xv, low, input_precision=PRECISION)
                 dphi = add_outer(dphi, counts.to(tl.float32), z, OT, PRECISION)
                 if SINKS > 0 or DECAY or TOP:
@@ -617,12 +618,12 @@ def dkv_kernel(
                             kernel = tl.dot(phi_kt, tl.trans(phi_qt), input_precision=PRECISION)
                             kernel = kernel * weight if DECAY or TOP else tl.where(is_far, kernel, 0.0)
                             dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
-                        else:
+                        if phase == PHASES - 1:
                             e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION)
                             e = add_outer(e, tl.full([C], 1.0, tl.float32), -row_delta, OT, PRECISION)
                             e = e * weight if DECAY or TOP else tl.where(is_far, e, 0.0)
                             dphi = tl.dot(e.to(OT), phi_qt, dphi, input_precision=PRECISION)
-                        if phase == 1 and j == REACH:
+                        if phase == PHASES - 1 and j == REACH:
                             # These queries find every earlier block far.
                             along = query_g.to(tl.float32) + relative
                             there = query_valid & (row_top > EMPTY / 4)
