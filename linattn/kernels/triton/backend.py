@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable
 
@@ -19,15 +18,13 @@ from linattn.kernels import layout as layouts
 from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
 from linattn.kernels.triton import ops, step
-from linattn.kernels.triton.config import Config, segment_tokens
-from linattn.kernels.triton.launch import Inputs, Memory, Options, block, rows
+from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens
+from linattn.kernels.triton.launch import INTERPRETED, NARROWEST, Inputs, Memory, Options, block, rows
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
 MOST_FEATURES = 512
 MOST_DIM = 256
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-"""Triton's interpreter runs the kernels on the CPU; it is chosen before Triton is imported."""
 STATE_TILE = 128 * 128
 """Features times value columns of one program's memory; wider values are attended in slices."""
 
@@ -132,6 +129,13 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
     reason = refusal(call)
     if reason is not None:
         raise UnsupportedError(f"impl='triton': {reason}; impl='chunked' runs every call.")
+    if call.q.is_cuda and not torch.compiler.is_compiling():
+        with torch.cuda.device_of(call.q):  # kernels start on the current device
+            return _attend(call)
+    return _attend(call)
+
+
+def _attend(call: Call) -> tuple[Tensor, AttentionState | None]:
     batch, length = call.q.shape[:2]
     if batch == 0 or length == 0 or call.k.shape[1] == 0:
         return chunked.attend(call)
@@ -172,7 +176,7 @@ def _attend_causal(call: Call) -> tuple[Tensor, AttentionState | None]:
     ring = None if state is None else state.recent_k
     q, k = place(call.q, blank(call.q, ring)), place(call.k, ring)
     v = place(call.v, None if state is None else state.recent_v)
-    assert q is not None and k is not None and v is not None  # noqa: PT018
+    assert q is not None and k is not None and v is not None
     far_ring = None if state is None else state.recent_far_k
     q_far, k_far = place(call.q_far, blank(call.q_far, far_ring)), place(call.k_far, far_ring)
     decay = place(call.decay, None if state is None else state.recent_decay)
@@ -180,7 +184,7 @@ def _attend_causal(call: Call) -> tuple[Tensor, AttentionState | None]:
     mapped = _map(call, q, k, q_far, k_far, r)
     memory = _memory(call, mapped.key_log_scaled)
     sink_k, sink_v = _sinks(call, r, k, v)
-    config = Config()
+    config = _config(call, mapped)
     tokens, heads = q.shape[1], q.shape[2]
     segment = segment_tokens(tokens, heads * (1 if r.packed else q.shape[0]), config)
     inputs = Inputs(
@@ -230,11 +234,14 @@ def _map(
         return _Mapped({}, "given", 0, False)
     far: dict[str, Tensor | None] = {"q_far": q_far, "k_far": k_far}
     found = getattr(call.feature_map, "projected", lambda: None)()
-    if found is not None and block(call.feature_dim) <= 256:
-        if found.mirrored and found.activation == "softmax" and block(call.feature_dim) == call.feature_dim:
+    if found is not None:
+        if found.mirrored and found.activation == "softmax" and block(call.feature_dim // 2) * 2 == call.feature_dim:
             half = call.feature_dim // 2
             cut = [None if w is None else w[..., :half] for w in found[1:3]]
             found = found._replace(activation="mirrored", query_weight=cut[0], key_weight=cut[1])
+        if not _fuses(call, found):
+            found = None
+    if found is not None:
         return _Mapped(
             far | _weights(found, q),
             found.activation,
@@ -250,6 +257,18 @@ def _map(
     log_scaled = log_k is not None
     given = {"q_far": phi_q, "k_far": phi_k, "query_log": log_q, "key_log": log_k}
     return _Mapped(given, "given", call.feature_dim, log_scaled)
+
+
+def _fuses(call: Call, found: Projected) -> bool:
+    """Whether the kernels compute the map: its projections must fit, and keep the precision of the inputs."""
+    if found.query_weight is None:
+        return block(call.feature_dim) <= 256
+    parts, _, dim, columns = found.query_weight.shape
+    dtype = call.q.dtype
+    if dtype == torch.float16 and found.activation == "exp":
+        return False  # tf32 rounds its exponents by more than float16 rounds its values
+    small = dtype == torch.bfloat16 or block(dim) * block(columns) <= 64 * 64
+    return small and fuses(call.q.device, dtype, parts, block(dim), block(columns))
 
 
 def _weights(found: Projected, like: Tensor) -> dict[str, Tensor | None]:
@@ -335,8 +354,13 @@ def _options(call: Call, mapped: _Mapped, segment: int, *, strict: bool = False)
     )
 
 
+def _config(call: Call, mapped: _Mapped) -> Config:
+    dims = (mapped.features, min(call.v.shape[-1], _value_slice(mapped.features)), call.k.shape[-1])
+    return choose(call.q.device, call.q.dtype, mapped.activation, *dims, call.window)
+
+
 def _value_slice(features: int) -> int:
-    return max(16, STATE_TILE // block(max(features, 1)))
+    return max(NARROWEST, STATE_TILE // block(max(features, 1)))
 
 
 def _in_slices(
@@ -363,7 +387,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _final_state(call: Call, r: Rows, x: Inputs, o: Options, c: Config) -> AttentionState:
-    assert x.k is not None and x.v is not None  # noqa: PT018
+    assert x.k is not None and x.v is not None
     length = r.base + r.length
     folded = torch.maximum(r.base, length - call.ring)
     last = length[:, None] - call.ring + torch.arange(call.ring, device=x.k.device) - r.base[:, None]
@@ -437,10 +461,10 @@ def _attend_both_ways(call: Call) -> Tensor:
         return rows(x) if r.layout is None else r.layout.place(x)
 
     q, k, v = place(call.q), place(call.k), place(call.v)
-    assert q is not None and k is not None and v is not None  # noqa: PT018
+    assert q is not None and k is not None and v is not None
     mapped = _map(call, q, k, place(call.q_far), place(call.k_far), r)
     sink_k, sink_v = _sinks(call, r, k, v)
-    config = Config()
+    config = _config(call, mapped)
     tokens, heads = q.shape[1], q.shape[2]
     segment = segment_tokens(tokens, heads * (1 if r.packed else q.shape[0]), config)
     inputs = Inputs(
@@ -466,14 +490,14 @@ def _attend_all(call: Call) -> Tensor:
         return rows(x) if r.layout is None else r.layout.place(x)
 
     k, v = place(call.k), place(call.v)
-    assert k is not None and v is not None  # noqa: PT018
+    assert k is not None and v is not None
     q, q_far = rows(call.q), None if call.q_far is None else rows(call.q_far)
-    config = Config()
     queries = _rows(dataclasses.replace(call, k=call.q, mask=None))
     at = _positions(call, queries, q)
     if call.mask is not None and q.shape[1] == call.k.shape[1]:
         at = (call.mask.cumsum(1) - 1).clamp_min(0)
     mapped = _map(call, q, k, q_far, place(call.k_far), r, query_positions=at)
+    config = _config(call, mapped)
     names = ("k_far", "key_weight", "key_bias", "key_log")
     memory: dict[str, Tensor | None] = {}
     width = _value_slice(mapped.features)

@@ -14,7 +14,6 @@ from linattn.kernels.triton.device import (
     EMPTY,
     MIRRORED,
     PRODUCT,
-    add_outer,
     differences,
     exp,
     features,
@@ -39,7 +38,7 @@ def delta_kernel(
     out, residual, dout, rden, scaled, delta, rows,
     V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """do / normaliser of R rows, and δ = o · do / normaliser; zero where the normaliser was clamped and has no gradient.
+    """do / normaliser of R rows, and δ = o · do / normaliser; zero where the normaliser was clamped: no gradient there.
 
     ``residual`` is what rounding took from ``out``: an error in δ would be one in every weight of its row. So δ takes
     the rounded gradient, too.
@@ -249,7 +248,7 @@ def dq_kernel(
             relative = (log_q - row_top) if TOP else tl.zeros([C], tl.float32)
             # The memory: everything before the blocks that the window's edge crosses.
             dphi = tl.dot(xdo.to(OT), S.to(OT), input_precision=PRECISION)
-            dphi = add_outer(dphi, -row_delta, z, OT, PRECISION)
+            dphi -= row_delta[:, None] * z[None, :]
             if DECAY or TOP:
                 log_m = relative
                 if DECAY:
@@ -501,6 +500,8 @@ def dkv_kernel(
             # The memory of every later query that finds this block far.
             low = R.to(OT)
             dxv = tl.dot(phi_kt, tl.trans(low), dxv, input_precision=PRECISION)
+            dphi = tl.dot(xv, low, input_precision=PRECISION)
+            dphi += counts.to(tl.float32)[:, None] * z[None, :]
             if SINKS > 0 or DECAY or TOP:
                 log_m = tl.zeros([C], tl.float32)
                 if DECAY:
@@ -511,6 +512,7 @@ def dkv_kernel(
                     log_m += log_k
                 factor = exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
                 dxv = dxv * factor[:, None]
+                dphi = dphi * factor[:, None]
 
         between = tl.full([], 0.0, tl.float64)
         if NEAR_BLOCKS > 0:
@@ -535,105 +537,81 @@ def dkv_kernel(
                     e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
                     dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
 
-        # Given features: values first, then keys, which needs fewer accumulators at a time. Others would be computed twice.
-        edge = between
-        PHASES: tl.constexpr = 2 if FAR and not PROJECT else 1
-        for phase in tl.static_range(PHASES):
-            between = edge
-            if FAR and phase == PHASES - 1:
-                dphi = tl.dot(xv, low, input_precision=PRECISION)
-                dphi = add_outer(dphi, counts.to(tl.float32), z, OT, PRECISION)
-                if SINKS > 0 or DECAY or TOP:
-                    dphi = dphi * factor[:, None]
-            for j in tl.static_range(NEAR_BLOCKS, REACH + 1 if QUERIES else NEAR_BLOCKS):
-                query_rows = rows + j * C
-                query_valid = query_rows < length
-                query_g = g
-                block_gate = tl.full([], 0.0, tl.float64)
-                log_w = tl.zeros([C, C], tl.float32)
-                if DECAY:
-                    if j > 0:
-                        query_g, passed = gates(decay, query_rows, decay_t, query_valid)
-                        block_gate += passed
-                        to_end = (gate64 - g + between).to(tl.float32)
-                        log_w = to_end[:, None] + query_g.to(tl.float32)[None, :]
-                        between += block_gate
+        for j in tl.static_range(NEAR_BLOCKS, REACH + 1 if QUERIES else NEAR_BLOCKS):
+            query_rows = rows + j * C
+            query_valid = query_rows < length
+            query_g = g
+            block_gate = tl.full([], 0.0, tl.float64)
+            log_w = tl.zeros([C, C], tl.float32)
+            if DECAY:
+                if j > 0:
+                    query_g, passed = gates(decay, query_rows, decay_t, query_valid)
+                    block_gate += passed
+                    to_end = (gate64 - g + between).to(tl.float32)
+                    log_w = to_end[:, None] + query_g.to(tl.float32)[None, :]
+                    between += block_gate
+                else:
+                    block_gate += gate64
+                    log_w = -differences(g)
+            for group in range(G):
+                head = kv_head * G + group
+                stat = (origin * H + head) + query_rows.to(tl.int64) * H
+                xdo = load_rows(do + (origin * H + head) * V, query_rows, H * V, query_valid, V, BV).to(OT)
+                row_delta = tl.load(delta + stat, mask=query_valid, other=0.0)
+                row_top = tl.load(top + stat, mask=query_valid, other=0.0) if TOP else tl.zeros([C], tl.float32)
+                if WINDOW > 0:
+                    e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
+                    xq = load_rows(q + head * q_h, query_rows, q_t, query_valid, D, BD).to(OT)
+                    raw = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
+                    seen = query_rows[None, :] >= rows[:, None] + LEAST
+                    seen = seen & (query_rows[None, :] < rows[:, None] + WINDOW)
+                    p, slope = exact_weights(raw, seen, row_top[None, :], softcap, SOFTCAP)
+                    dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
+                    dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
+                if FAR:
+                    if G > 1:
+                        qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
+                            query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, head),
+                            query_map_heads, DF, F, BDF, BF, ACT,
+                        )  # fmt: skip
+                    xf = load_rows(qf + head * qf_h, query_rows, qf_t, query_valid, DF, BDF)
+                    phi_q, log_q = features(
+                        xf, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
+                    )
+                    if query_log is not None:
+                        log_q = tl.load(query_log + stat, mask=query_valid, other=0.0)
+                    if far_bias is not None:
+                        log_q += tl.load(far_bias + head)
+                    relative = (log_q - row_top) if TOP else tl.zeros([C], tl.float32)
+                    is_far = query_rows[None, :] >= (unseen(rows, counts) if SINKS > 0 else rows)[:, None] + FAR_GAP
+                    phi_qt = phi_q.to(OT)
+                    kernel = tl.dot(phi_kt, tl.trans(phi_qt), input_precision=PRECISION)
+                    if DECAY or TOP:
+                        exponent = log_w + relative[None, :]
+                        if KLOG:
+                            exponent += log_k[:, None]
+                        weight = exp(tl.where(is_far, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
+                        kernel = kernel * weight
                     else:
-                        block_gate += gate64
-                        log_w = -differences(g)
-                for group in range(G):
-                    head = kv_head * G + group
-                    stat = (origin * H + head) + query_rows.to(tl.int64) * H
-                    xdo = load_rows(do + (origin * H + head) * V, query_rows, H * V, query_valid, V, BV).to(OT)
-                    row_delta = tl.load(delta + stat, mask=query_valid, other=0.0)
-                    row_top = tl.load(top + stat, mask=query_valid, other=0.0) if TOP else tl.zeros([C], tl.float32)
-                    if WINDOW > 0 and phase == 0:
-                        e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
-                        xq = load_rows(q + head * q_h, query_rows, q_t, query_valid, D, BD).to(OT)
-                        raw = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
-                        seen = query_rows[None, :] >= rows[:, None] + LEAST
-                        seen = seen & (query_rows[None, :] < rows[:, None] + WINDOW)
-                        p, slope = exact_weights(raw, seen, row_top[None, :], softcap, SOFTCAP)
-                        dxv = tl.dot(p.to(OT), xdo, dxv, input_precision=PRECISION)
-                        dxk = tl.dot((p * e * slope).to(OT), xq, dxk, input_precision=PRECISION)
-                    if FAR:
-                        if G > 1:
-                            qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
-                                query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
-                                DF, F, BDF, BF, ACT,
-                            )  # fmt: skip
-                        xf = load_rows(qf + head * qf_h, query_rows, qf_t, query_valid, DF, BDF)
-                        phi_q, log_q = features(
-                            xf,
-                            qw0,
-                            qw1,
-                            ql0,
-                            ql1,
-                            qc0,
-                            qc1,
-                            norm,
-                            constant,
-                            F,
-                            BF,
-                            ACT,
-                            PROJECT,
-                            LOW,
-                            BIAS,
-                            OT,
-                            PRECISION,
+                        kernel = tl.where(is_far, kernel, 0.0)
+                    dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
+                    e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
+                    if DECAY or TOP:
+                        e = e * weight
+                    else:
+                        e = tl.where(is_far, e, 0.0)
+                    dphi = tl.dot(e.to(OT), phi_qt, dphi, input_precision=PRECISION)
+                    if j == REACH:
+                        # These queries find every earlier block far.
+                        along = query_g.to(tl.float32) + relative
+                        there = query_valid & (row_top > EMPTY / 4)
+                        if DECAY:
+                            joined = tl.where(group == 0, block_gate.to(tl.float32), 0.0)
+                        else:
+                            joined = 0.0
+                        R, z, m = fold_chunk(
+                            R, z, m, phi_qt, xdo, along, there, -row_delta, joined, TOP, DECAY, OT, PRECISION
                         )
-                        if query_log is not None:
-                            log_q = tl.load(query_log + stat, mask=query_valid, other=0.0)
-                        if far_bias is not None:
-                            log_q += tl.load(far_bias + head)
-                        relative = (log_q - row_top) if TOP else tl.zeros([C], tl.float32)
-                        is_far = query_rows[None, :] >= (unseen(rows, counts) if SINKS > 0 else rows)[:, None] + FAR_GAP
-                        phi_qt = phi_q.to(OT)
-                        if DECAY or TOP:
-                            exponent = log_w + relative[None, :]
-                            if KLOG:
-                                exponent += log_k[:, None]
-                            weight = exp(tl.where(is_far, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
-                        if phase == 0:
-                            kernel = tl.dot(phi_kt, tl.trans(phi_qt), input_precision=PRECISION)
-                            kernel = kernel * weight if DECAY or TOP else tl.where(is_far, kernel, 0.0)
-                            dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
-                        if phase == PHASES - 1:
-                            e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION)
-                            e = add_outer(e, tl.full([C], 1.0, tl.float32), -row_delta, OT, PRECISION)
-                            e = e * weight if DECAY or TOP else tl.where(is_far, e, 0.0)
-                            dphi = tl.dot(e.to(OT), phi_qt, dphi, input_precision=PRECISION)
-                        if phase == PHASES - 1 and j == REACH:
-                            # These queries find every earlier block far.
-                            along = query_g.to(tl.float32) + relative
-                            there = query_valid & (row_top > EMPTY / 4)
-                            if DECAY:
-                                joined = tl.where(group == 0, block_gate.to(tl.float32), 0.0)
-                            else:
-                                joined = 0.0
-                            R, z, m = fold_chunk(
-                                R, z, m, phi_qt, xdo, along, there, -row_delta, joined, TOP, DECAY, OT, PRECISION
-                            )
 
         store_rows(dv + (origin * kv_heads + kv_head) * V, rows, kv_heads * V, valid, dxv, V, BV)
         if FAR:

@@ -299,40 +299,10 @@ def differences(g):
 
 
 @triton.jit
-def halves(x):
-    """Two terms of float32 ``x``, the first of which bfloat16 holds."""
-    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return high, x - high
-
-
-@triton.jit
-def terms(x, OT: tl.constexpr):
-    """``[N, 16]`` of both terms of ``x [N]``, eight times: a float32 vector as an operand of the tensor cores."""
-    high, low = halves(x)
-    pair = tl.join(high, low).to(OT)
-    return tl.reshape(tl.broadcast_to(pair[:, None, :], (x.shape[0], 8, 2)), (x.shape[0], 16))
-
-
-@triton.jit
-def dot_vector(a, x, OT: tl.constexpr, PRECISION: tl.constexpr):
-    """``a x`` of ``a [M, N]`` and a float32 vector."""
-    return tl.sum(tl.dot(a, terms(x, OT), input_precision=PRECISION), 1) * 0.125
-
-
-@triton.jit
-def add_outer(acc, a, b, OT: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + a bᵀ [N, M]`` of float32 vectors, on the tensor cores."""
-    high, low = halves(a * 0.25)
-    pair = tl.join(high, low).to(OT)
-    left = tl.reshape(tl.broadcast_to(pair[:, None, :, None], (a.shape[0], 4, 2, 2)), (a.shape[0], 16))
-    return tl.dot(left, tl.trans(terms(b, OT)), acc, input_precision=PRECISION)
-
-
-@triton.jit
 def load_memory(
     kv, k, m, place, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, LOG: tl.constexpr
 ):
-    """A memory as the kernels hold it: transposed sums ``[BV, BF]``, normaliser ``[BF]`` and log-scale; empty if None."""
+    """A memory as the kernels hold it: transposed sums ``[BV, BF]``, normaliser ``[BF]``, log-scale; empty if None."""
     S = tl.zeros([BV, BF], tl.float32)
     z = tl.zeros([BF], tl.float32)
     top = tl.full([], 0.0, tl.float32)
@@ -386,6 +356,6 @@ def fold_chunk(
         weighted = (phi.to(tl.float32) * weight[:, None]).to(OT)
         S = S * keep
         z = z * keep
-    z += dot_vector(tl.trans(phi), z_weight, OT, PRECISION)
+    z += tl.sum(phi.to(tl.float32) * z_weight[:, None], 0)
     S = tl.dot(tl.trans(y.to(OT)), weighted, S, input_precision=PRECISION)
     return S, z, m

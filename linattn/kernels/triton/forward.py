@@ -10,7 +10,6 @@ from linattn.kernels.triton.device import (
     EMPTY,
     FAR_FLOOR,
     differences,
-    dot_vector,
     exp,
     features,
     fold_chunk,
@@ -51,9 +50,9 @@ def accumulate(acc, den, top, s, v, OT: tl.constexpr, PRECISION: tl.constexpr):
     new = tl.maximum(top, tl.max(s, 1))
     new = tl.maximum(new, EMPTY / 2)
     keep = exp(top - new)
-    p = exp(s - new[:, None])
-    den = den * keep + tl.sum(p, 1)
-    acc = acc * keep[:, None] + tl.dot(p.to(OT), v.to(OT), input_precision=PRECISION)
+    p = exp(s - new[:, None]).to(OT)
+    den = den * keep + tl.sum(p.to(tl.float32), 1)
+    acc = acc * keep[:, None] + tl.dot(p, v.to(OT), input_precision=PRECISION)
     return acc, den, new
 
 
@@ -197,7 +196,7 @@ def attend_kernel(
             if query_log is not None:
                 log_q = tl.load(query_log + stat, mask=valid, other=0.0)
             num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
-            mass = dot_vector(phi_q, z, OT, PRECISION)
+            mass = tl.sum(phi_q.to(tl.float32) * z[None, :], 1)
             if KLOG:
                 far_top += m
             if DECAY:
@@ -267,8 +266,10 @@ def attend_kernel(
                             kernel = kernel * exp(tl.where(is_far, log_w, EMPTY))
                         else:
                             kernel = tl.where(is_far, kernel, 0.0)
-                    mass += tl.sum(kernel, 1)
-                    num = tl.dot(kernel.to(OT), xv.to(OT), num, input_precision=PRECISION)
+                    # The normaliser sums what the products see, so that equal values average to themselves.
+                    kernel = kernel.to(OT)
+                    mass += tl.sum(kernel.to(tl.float32), 1)
+                    num = tl.dot(kernel, xv.to(OT), num, input_precision=PRECISION)
 
         # The newest block that every later query finds far joins the memory.
         if FAR and KEYS:

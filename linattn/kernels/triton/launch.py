@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ class Inputs(NamedTuple):
         state_kv, state_k, state_m: ``[N, Hkv, F, V]``, ``[N, Hkv, F]``, ``[N, Hkv]`` float32: the memory before each
             sequence, seen from its first token; without log-scales relative to one.
         starts: ``[N + 1]`` first slot of each packed sequence. lengths: ``[N (+ 1)]`` tokens. bases: ``[N (+ 1)]``
-            position of the first token. seg_sequence: ``[segments]`` and seg_first: ``[N + 1]`` of packed sequences. All
-            int64 but the last two, which are int32. Packed, entry N stands for nothing: it has no tokens.
+            position of the first token. seg_sequence: ``[segments]`` and seg_first: ``[N + 1]`` of packed sequences.
+            All int64 but the last two, which are int32. Packed, entry N stands for nothing: it has no tokens.
     """
 
     q: Tensor
@@ -108,9 +109,15 @@ class Memory(NamedTuple):
     m: Tensor
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+"""Triton's interpreter runs the kernels on the CPU; it is chosen before Triton is imported."""
+NARROWEST = 16 if INTERPRETED else 64
+"""Columns of the narrowest tile: Triton 3.6 reads outside shared memory in some products of narrower ones on Hopper."""
+
+
 def block(width: int) -> int:
     """Columns of a tile that holds ``width`` of them."""
-    return max(16, triton.next_power_of_2(width))
+    return max(NARROWEST, triton.next_power_of_2(width))
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -125,12 +132,13 @@ def rows(x: Tensor) -> Tensor:
 def precision(dtype: torch.dtype) -> dict[str, Any]:
     """The tensor cores' operand type and precision for inputs of ``dtype``.
 
-    float16 goes through tf32, which has its mantissa and a range that sums over tokens do not leave.
+    float16 goes through tf32, whose range sums over tokens do not leave, in three terms: one cuts off half a unit of
+    float16's last place.
     """
     if dtype == torch.bfloat16:
         return {"OT": triton.language.bfloat16, "PRECISION": "ieee"}
     if dtype == torch.float16:
-        return {"OT": triton.language.float32, "PRECISION": "tf32"}
+        return {"OT": triton.language.float32, "PRECISION": "tf32x3"}
     tf32 = torch.backends.cuda.matmul.allow_tf32
     return {"OT": triton.language.float32, "PRECISION": "tf32" if tf32 else "ieee"}
 
@@ -170,8 +178,19 @@ def shape_of(x: Inputs, o: Options) -> _Shape:
     segments = x.seg_sequence.shape[0] if x.seg_sequence is not None else -(-length // o.segment)
     total = segments if packed else sequences * segments
     return _Shape(
-        batch, length, heads, kv_heads, head_dim, o.value_dim, far_dim, sequences, segments, total, packed, has_top(x, o)
-    )  # fmt: skip
+        batch,
+        length,
+        heads,
+        kv_heads,
+        head_dim,
+        o.value_dim,
+        far_dim,
+        sequences,
+        segments,
+        total,
+        packed,
+        has_top(x, o),
+    )
 
 
 def _dims(s: _Shape, o: Options) -> dict[str, Any]:
@@ -363,7 +382,11 @@ def final_memory_backward(
     if x.key_weight is not None and (needs["key_weight"] or needs["key_bias"]):
         parts_of_map = x.key_weight.shape[0]
         dw = torch.zeros(s.total, s.kv_heads, parts_of_map, *x.key_weight.shape[2:], **f32)
-        dc = None if x.key_bias is None else torch.zeros(s.total, s.kv_heads, parts_of_map, x.key_weight.shape[-1], **f32)
+        dc = (
+            None
+            if x.key_bias is None
+            else torch.zeros(s.total, s.kv_heads, parts_of_map, x.key_weight.shape[-1], **f32)
+        )
     dims = _dims(s, o) | {"WINDOW": 0, "TOP": o.key_log, "H": s.kv_heads, "G": 1}
     backward.dkv_kernel[(s.kv_heads, s.total)](
         k_far, 0, 0, 0, x.k, *strides(x.k), x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
@@ -422,7 +445,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         *_tables(x),
         out, residual if rounds else None, top, rden,
         o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.chunk, BS=block(o.sinks), KEYS=x.k is not None, **_dims(s, o), **precision(dtype),
+        C=c.chunk, BS=max(16, triton.next_power_of_2(o.sinks)), KEYS=x.k is not None, **_dims(s, o), **precision(dtype),
         num_warps=c.forward_warps, num_stages=c.forward_stages,
     )  # fmt: skip
     return out, Stats(top, rden, residual, *found)
@@ -496,7 +519,7 @@ def attend_backward(
         scaled, stats.top, delta,
         dq, dq_far, dlog_q, dwq, dcq, dsink_k, dsink_v,
         o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.chunk, BS=block(o.sinks), KEYS=keys, **dims, **precision(dtype),
+        C=c.chunk, BS=max(16, triton.next_power_of_2(o.sinks)), KEYS=keys, **dims, **precision(dtype),
         num_warps=c.dq_warps, num_stages=c.dq_stages,
     )  # fmt: skip
     grads["q"], grads["q_far"] = dq, dq_far

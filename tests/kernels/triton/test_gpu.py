@@ -54,7 +54,9 @@ def check(
 
     exact, low, found = run("chunked", True), run("chunked", False), run("triton", False)
     for what, want in exact.items():
-        budget = budgets.low_precision(dtype, want, low[what], count=length, terms=0.0)
+        # Before it cancels, a gradient is a cotangent times a value times a key.
+        terms = float(cotangent.abs().max() * tensors[2].abs().max())
+        budget = budgets.low_precision(dtype, want, low[what], count=length, terms=terms)
         assert budgets.error(found[what], want) <= budget, f"{what}: {budgets.error(found[what], want)} > {budget}"
 
 
@@ -74,7 +76,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
         ("elu", 64, 64, {}),
         ("relu", 128, 256, {}),
         ("taylor2", 16, 64, {}),
-        ("nystrom", 64, 64, {"num_landmarks": 32}),
+        ("nystrom", 64, 64, {"num_features": 32}),
     ],
 )
 def test_maps(

@@ -38,6 +38,7 @@ def gates(length: int) -> Tensor:
 )
 def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
     phi = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+
     def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> AttentionOutput:
         return kernel_attention(q, k, v, feature_map=phi, decay=decay, impl="triton", **options)
 
