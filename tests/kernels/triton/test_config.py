@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from linattn.errors import OptionError
 from linattn.kernels import linear_attention
-from linattn.kernels.triton import backend, config
+from linattn.kernels.triton import config
 from linattn.kernels.triton.config import Chip, Config, Key, choose, segment_tokens
 
 CPU = torch.device("cpu")
@@ -31,8 +31,6 @@ CALL: dict[str, Any] = {
     "window": 0,
 }
 KEY = Key("given", "bfloat16", False, 128, 64, 128)
-
-asks = pytest.mark.skipif(not hasattr(backend, "choose"), reason="the backend does not ask config.choose()")
 
 
 def table(path: Path, *entries: tuple[dict[str, Any], dict[str, int]], **fields: Any) -> Path:
@@ -213,7 +211,6 @@ def test_deterministic_segments_know_neither_batch_nor_length() -> None:
     assert found == {320}
 
 
-@asks
 def test_deterministic_results_do_not_depend_on_the_batch() -> None:
     q, k, v = torch.randn(3, 4, 100, 2, 8, generator=torch.Generator().manual_seed(0))
     q, k = q.softmax(-1), k.softmax(-1)

@@ -22,7 +22,6 @@ from linattn.kernels.triton.tune import BOTH, FORWARD, Problem, Step, Trial
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1 where there is a GPU"
 )
-asks = pytest.mark.skipif(not hasattr(backend, "choose"), reason="the backend does not ask config.choose()")
 
 TINY = Problem(1, 20, 1, 1, 4, 4, dtype=torch.float16)
 HEDGEHOG = functools.partial(make, "hedgehog", 4)
@@ -64,7 +63,6 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], 
     return install
 
 
-@asks
 def test_a_wrong_candidate_is_recorded_and_never_timed(timed: list[Config], sabotage: Any) -> None:
     sabotage(64, lambda out: out * 1.02)
     found = tune.tune(TINY, HEDGEHOG, search=search({"chunk": 32}, {"chunk": 64}))
@@ -80,7 +78,6 @@ def test_a_wrong_candidate_is_recorded_and_never_timed(timed: list[Config], sabo
     assert found.best == found.start._replace(chunk=32)
 
 
-@asks
 def test_a_gradient_alone_can_be_wrong(timed: list[Config], sabotage: Any) -> None:
     sabotage(32, lambda out: out + (out - out.detach()) * 0.02)
     found = tune.tune(TINY, HEDGEHOG, search=search({"chunk": 32}))
@@ -88,13 +85,11 @@ def test_a_gradient_alone_can_be_wrong(timed: list[Config], sabotage: Any) -> No
     assert found.best == found.start
 
 
-@asks
 def test_nan_is_wrong(timed: list[Config], sabotage: Any) -> None:
     sabotage(32, lambda out: out * torch.nan)
     assert "wrong" in str(tune.tune(TINY, HEDGEHOG, search=search({"chunk": 32})).trials[1].reason)
 
 
-@asks
 def test_what_does_not_run_is_recorded_and_the_search_goes_on(timed: list[Config], sabotage: Any) -> None:
     def fail(out: Any) -> Any:
         raise RuntimeError("out of resource: shared memory\nmore")
@@ -113,7 +108,6 @@ def test_what_does_not_run_is_recorded_and_the_search_goes_on(timed: list[Config
         tune.tune(TINY, HEDGEHOG, search=search({"chunk": 32}))
 
 
-@asks
 def test_a_slower_candidate_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_ms", lambda call, candidate, what: 10.0 if candidate.chunk == 16 else 9.95)
     found = tune.tune(TINY, HEDGEHOG, search=search({"chunk": 32}))
@@ -121,7 +115,6 @@ def test_a_slower_candidate_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.best == found.start
 
 
-@asks
 def test_the_table_is_used(timed: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.json"
     found = tune.tune(TINY, HEDGEHOG, search=search({"chunk": 32}))
@@ -147,7 +140,6 @@ def test_the_table_is_used(timed: list[Config], tmp_path: Path, monkeypatch: pyt
         tune.save(found, path)
 
 
-@asks
 def test_the_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tune.tune(Problem(1, 20, 1, 1, 4, 4, features=8, dtype=torch.float16), search=search())
     assert all(before > 0 and after > 0 for before, after in found.ms.values() if before is not None)
@@ -201,7 +193,6 @@ def test_the_interpreter_has_no_bfloat16() -> None:
         tune.tune(Problem(1, 20, 1, 1, 4, 4), HEDGEHOG)
 
 
-@asks
 def test_command(timed: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typer_testing = pytest.importorskip("typer.testing", reason="needs the package typer")
     from linattn.cli.main import app
