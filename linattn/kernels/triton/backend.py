@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -397,7 +398,8 @@ def _final_state(call: Call, r: Rows, x: Inputs, o: Options, c: Config) -> Atten
     if o.far:
         tokens = x.k.shape[1]
         count = folded - r.base
-        part = x._replace(**r.tables(count, tokens, o.segment))
+        tables: dict[str, Any] = {**r.tables(count, tokens, o.segment)}
+        part = x._replace(**tables)
         memory = _sliced_memory(part, o._replace(window=0), c)
         kv, k = memory.kv, memory.k
         log_scale = memory.m if o.key_log else log_scale.masked_fill((folded > call.sinks)[:, None], 0.0)

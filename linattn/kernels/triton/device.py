@@ -272,7 +272,7 @@ def features_backward(
     if PROJECT:
         dx = tl.dot(dz.to(OT), tl.trans(w0.to(OT)), input_precision=PRECISION)
         if ACT == PRODUCT:
-            dx += tl.dot(dz1.to(OT), tl.trans(w1.to(OT)), input_precision=PRECISION)
+            dx += tl.dot(dz1.to(OT), tl.trans(w1.to(OT)), input_precision=PRECISION)  # type: ignore[attr-defined]
     else:
         dx = dz
     if ACT == EXP:

@@ -361,7 +361,7 @@ def final_memory_backward(
     assert x.k is not None and x.v is not None
     s = shape_of(x, o)
     dtype, device = x.v.dtype, x.v.device
-    f32 = {"dtype": torch.float32, "device": device}
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     start = Memory(dkv.contiguous(), dk.contiguous(), -m)
     parts = (
         torch.zeros(s.total, *dkv.shape[1:], **f32),
@@ -458,7 +458,7 @@ def attend_backward(
     s = shape_of(x, o)
     device, dtype = x.q.device, x.q.dtype
     dout = dout.contiguous()
-    f32 = {"dtype": torch.float32, "device": device}
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     grads: dict[str, Tensor | None] = {}
     delta = torch.empty_like(stats.rden)
     scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
@@ -574,6 +574,7 @@ def attend_backward(
         wants = o.far and (needs["key_log"] or needs["decay"])
         dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32) if wants else None
         dwk, dck = share(x.key_weight, x.key_bias, ("key_weight", "key_bias"), s.kv_heads)
+        return_keys: tuple[Tensor | None, ...] = (dk, dv, dk_far)
         if o.window or o.far:
             backward.dkv_kernel[(s.kv_heads, s.total)](
                 x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
@@ -589,8 +590,8 @@ def attend_backward(
                 num_warps=c.dkv_warps, num_stages=c.dkv_stages,
             )  # fmt: skip
         else:
-            dk, dv = None, None
-        grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
+            return_keys = (None, None, None)
+        grads["k"], grads["v"], grads["k_far"] = return_keys
         if dwk is not None:
             grads["key_weight"] = _sum_heads(dwk, key_heads, x.key_weight)
             grads["key_bias"] = None if dck is None else _sum_heads(dck, key_heads, x.key_bias)

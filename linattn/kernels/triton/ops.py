@@ -165,7 +165,7 @@ def _turn(t: Tensor, reverse: Tensor) -> Tensor:
 def _backwards(x: Inputs, reverse: Tensor) -> Inputs:
     """The same tokens from last to first. No sinks: those after a token lie in its window."""
     found = {name: getattr(x, name) for name in _PER_TOKEN}
-    turned = {name: None if t is None else _turn(t, reverse) for name, t in found.items()}
+    turned: dict[str, Any] = {name: None if t is None else _turn(t, reverse) for name, t in found.items()}
     return x._replace(**turned, sink_k=None, sink_v=None, sink_logits=None)
 
 
@@ -231,8 +231,8 @@ _library = torch.library.Library("linattn", "DEF")
 
 
 def _call(op: Any, x: Inputs, o: Options, c: Config, *extra: Tensor) -> tuple[Tensor, ...]:
-    ints = [*(int(v) if isinstance(v, bool) else v for v in (getattr(o, n) for n in _INTS)), *c]
-    return op(*x, *extra, ints, [getattr(o, n) for n in _FLOATS], o.activation)
+    ints = [int(v) if isinstance(v, bool) else v for v in [getattr(o, n) for n in _INTS]]
+    return op(*x, *extra, ints + list(c), [getattr(o, n) for n in _FLOATS], o.activation)
 
 
 def _settings(ints: list[int], floats: list[float], activation: str) -> tuple[Options, Config]:
@@ -327,9 +327,9 @@ def _in_shape(x: Inputs, o: Options, *output: Tensor) -> tuple[Tensor, ...]:
 def _run_attend_backward(
     x: Inputs, o: Options, c: Config, output: tuple[Tensor, ...], dout: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor | None]:
-    out, *stats = output
-    memory = launch.memory_before(x, o, c)
-    return launch.attend_backward(x, o, c, out, Stats(*stats, *memory), dout, needs)
+    out, top, rden, residual = output
+    stats = Stats(top, rden, residual, *launch.memory_before(x, o, c))
+    return launch.attend_backward(x, o, c, out, stats, dout, needs)
 
 
 def _run_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tensor, ...]:
