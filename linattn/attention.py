@@ -32,8 +32,8 @@ class KernelAttention(nn.Module):
 
     For query t, the ``sinks`` first tokens and the last ``window`` ones are attended exactly as in softmax attention,
     all others through the feature map φ, under one normaliser (see :func:`linattn.kernels.kernel_attention`). As long
-    as T ≤ window + sinks this *is* softmax attention. ``window=0, sinks=0`` is pure kernel attention; ``far=False`` is
-    sliding-window attention with sinks.
+    as T ≤ window + sinks (bidirectional: T ≤ window) this *is* softmax attention. ``window=0, sinks=0`` is pure kernel
+    attention; ``far=False`` is sliding-window attention with sinks.
 
     It is called like :class:`torch.nn.MultiheadAttention`, ``out, _ = attn(x)`` or ``attn(query, key, value)``, with
     these differences: ``batch_first`` and ``causal`` are True unless said otherwise; ``mask`` is True where a token is
@@ -442,7 +442,8 @@ class KernelAttention(nn.Module):
     ) -> KernelAttention:
         """A kernel attention with a copy of the weights of ``mha``, in its layout, dtype, device and training mode.
 
-        For T ≤ window + sinks the outputs are those of ``mha``, called with the causal mask if ``causal``.
+        For T ≤ window + sinks (bidirectional: T ≤ window) the outputs are those of ``mha``, called with the causal mask
+        if ``causal``.
 
         Args:
             mha: the module to take weights from.

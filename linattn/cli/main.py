@@ -165,13 +165,13 @@ def convert(
         Path | None, typer.Option(metavar="FILE", help="Carry out a saved plan instead of the options above.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the saved weights; default, the dtype they have.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random features.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of learned maps that start at random; others keep the plan's.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Write into OUT even if it is not empty.")] = False,
 ) -> None:
     """Convert a model and save it, tokenizer included.
 
-    For sequences of up to window + sinks tokens the result equals the original. Beyond them it loses quality until it
-    is trained.
+    For sequences of up to window + sinks tokens (an encoder: window) the result equals the original. Beyond them it
+    loses quality until it is trained.
 
     Examples:
 
