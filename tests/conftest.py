@@ -12,6 +12,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Without a GPU Triton kernels run in its interpreter, which is chosen before Triton is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
