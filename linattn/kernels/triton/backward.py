@@ -613,6 +613,13 @@ def dkv_kernel(
                             R, z, m, phi_qt, xdo, along, there, -row_delta, joined, TOP, DECAY, OT, PRECISION
                         )
 
+        if DECAY and not QUERIES:
+            # What reads an earlier block stands further from it by this block's gates.
+            if TOP:
+                m += gate64.to(tl.float32)
+            else:
+                R = R * exp(gate64.to(tl.float32))
+                z = z * exp(gate64.to(tl.float32))
         store_rows(dv + (origin * kv_heads + kv_head) * V, rows, kv_heads * V, valid, dxv, V, BV)
         if FAR:
             if dlog is not None:
