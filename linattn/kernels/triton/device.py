@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 EMPTY = tl.constexpr(-1e30)
 """Log-weight of nothing, as linattn.state.EMPTY_LOG_SCALE."""
 FAR_FLOOR = tl.constexpr(1e-30)
+MASS_ROWS = tl.constexpr(16)
+"""Rows of the tensor cores' smallest tile."""
 DENOMINATOR_FLOOR = tl.constexpr(1e-4)
 
 GIVEN = tl.constexpr(0)
@@ -24,15 +26,41 @@ ACTIVATIONS = {"given": 0, "relu": 1, "elu": 2, "softmax": 3, "exp": 4, "product
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+NVIDIA = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp2(x):
+    """2^x whose denormal results are zero, which saves most of its instructions; the interpreter has only the other."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit
 def exp(x):
-    """exp whose denormal results are zero, which saves most of its instructions; the interpreter has only the other."""
-    if INTERPRETED:
-        return tl.exp(x)
+    return exp2(x * LOG2_E)
+
+
+@triton.jit
+def rounded(x, OT: tl.constexpr):
+    """``x`` in float32 after rounding to ``OT``. Pairs are converted at once: single values take the slow path."""
+    if tl.bfloat16 == OT:
+        if NVIDIA:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+                "=r,=r,r,r",
+                [x],
+                tl.float32,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            return x.to(tl.bfloat16).to(tl.float32)
     else:
-        return libdevice.fast_expf(x)
+        return x
 
 
 @triton.jit
@@ -61,27 +89,32 @@ def locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PA
 
 
 @triton.jit
-def unseen(rows, there):
-    """Keys' rows, those not ``there`` later than every query: one comparison masks a tile."""
-    return tl.where(there, rows, 1 << 30)
+def load_rows(base, first, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at the C rows from ``first``, zeros where not ``valid [C]``.
 
-
-@triton.jit
-def load_rows(base, rows, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at ``rows``, zeros elsewhere."""
+    64 bits for the first row alone: offsets from there fit 32, and are the same for every chunk.
+    """
     columns = tl.arange(0, BLOCK)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]
+    pointers = base + first.to(tl.int64) * stride + offsets
     if BLOCK == WIDTH:
         return tl.load(pointers, mask=valid[:, None], other=0.0)
     return tl.load(pointers, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(base, rows, stride, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_rows(base, first, stride, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]
+    pointers = base + first.to(tl.int64) * stride + offsets
     mask = valid[:, None] & (columns < WIDTH)[None, :] if BLOCK != WIDTH else valid[:, None]
     tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def column(base, first, stride, C: tl.constexpr):
+    """Pointers to the C rows from ``first`` of one column."""
+    return base + first.to(tl.int64) * stride + tl.arange(0, C) * stride
 
 
 @triton.jit
@@ -203,19 +236,19 @@ def features(
     elif ACT == SOFTMAX:
         if BF != F:
             z = tl.where(real[None, :], z, EMPTY)
-        phi = exp(z - tl.max(z, 1)[:, None])
+        phi = exp2(z * LOG2_E - (tl.max(z, 1) * LOG2_E)[:, None])
         phi = phi * (1.0 / tl.sum(phi, 1))[:, None]
     elif ACT == MIRRORED:
-        top = tl.max(tl.abs(z), 1)[:, None]
-        up = exp(z - top)
-        down = exp(-z - top)
+        top = (tl.max(tl.abs(z), 1) * LOG2_E)[:, None]
+        up = exp2(z * LOG2_E - top)
+        down = exp2(z * -LOG2_E - top)
         share = (1.0 / tl.sum(up + down, 1))[:, None]
         phi = beside(up * share, down * share)
     elif ACT == EXP:
         if BF != F:
             z = tl.where(real[None, :], z, EMPTY)
         top = tl.max(z, 1)
-        phi = exp(z - top[:, None])
+        phi = exp2(z * LOG2_E - (top * LOG2_E)[:, None])
         wide = x.to(tl.float32)
         log_scale = top - norm * tl.sum(wide * wide, 1) + constant
     else:
@@ -281,12 +314,12 @@ def features_backward(
 
 
 @triton.jit
-def gates(decay, rows, stride, valid):
+def gates(decay, first, stride, valid):
     """Running log-decay ``[C]`` within the chunk, each token's own gate included, and the chunk's total.
 
     float64: differences of later tokens stay exact behind a gate that forgets everything.
     """
-    g = tl.load(decay + rows.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float64)
+    g = tl.load(column(decay, first, stride, valid.shape[0]), mask=valid, other=0.0).to(tl.float64)
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
@@ -299,25 +332,55 @@ def differences(g):
 
 
 @triton.jit
-def load_memory(
-    kv, k, m, place, F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, LOG: tl.constexpr
-):
-    """A memory as the kernels hold it: transposed sums ``[BV, BF]``, normaliser ``[BF]``, log-scale; empty if None."""
+def empty_memory(BF: tl.constexpr, BV: tl.constexpr, LOG: tl.constexpr):
+    """A memory as the kernels hold it: transposed sums ``[BV, BF]``, normaliser ``[MASS_ROWS, BF]``, log-scale.
+
+    The normaliser is the sum of its rows, which one product of the tensor cores brings up to date.
+    """
     S = tl.zeros([BV, BF], tl.float32)
-    z = tl.zeros([BF], tl.float32)
-    top = tl.full([], 0.0, tl.float32)
+    z = tl.zeros([MASS_ROWS, BF], tl.float32)
+    m = tl.full([], 0.0, tl.float32)
     if LOG:
-        top += EMPTY
+        m += EMPTY
+    return S, z, m
+
+
+@triton.jit
+def load_memory(
+    kv, k, m, place, there,
+    F: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    """The memory at ``place`` as the kernels hold it; empty unless ``there``, and if ``kv`` is None."""
+    S, z, top = empty_memory(BF, BV, LOG)
     if kv is not None:
         f = tl.arange(0, BF)
         v = tl.arange(0, BV)
-        S += tl.load(
-            kv + (place * F + f[None, :]) * V + v[:, None], mask=(f < F)[None, :] & (v < V)[:, None], other=0.0
-        )
-        z += tl.load(k + place * F + f, mask=f < F, other=0.0)
+        fmask = f < tl.where(there, F, 0)
+        S += tl.load(kv + (place * F + f[None, :]) * V + v[:, None], mask=fmask[None, :] & (v < V)[:, None], other=0.0)
+        first = tl.arange(0, MASS_ROWS) == 0
+        row = tl.load(k + place * F + f, mask=fmask, other=0.0)
+        z += tl.where(first[:, None], row[None, :], 0.0)
         if LOG:
-            top = tl.load(m + place)
+            top = tl.where(there, tl.load(m + place), EMPTY)
     return S, z, top
+
+
+@triton.jit
+def two_terms(x, OT: tl.constexpr):
+    """``x`` as two terms of type ``OT``."""
+    high = x.to(OT)
+    return high, (x - rounded(x, OT)).to(OT)
+
+
+@triton.jit
+def mass_of(phi, z, OT: tl.constexpr, PRECISION: tl.constexpr):
+    """The normaliser ``[C]`` of features ``phi [C, BF]`` of type ``OT``: φ · Σ of the rows of ``z``."""
+    high, low = two_terms(z, OT)
+    phi = tl.trans(phi)
+    found = tl.dot(high, phi, input_precision=PRECISION)
+    if tl.bfloat16 == OT:
+        found = tl.dot(low, phi, found, input_precision=PRECISION)
+    return tl.sum(found, 0)
 
 
 @triton.jit
@@ -333,17 +396,18 @@ def fold_chunk(
     gate,
     LOG: tl.constexpr,
     DECAY: tl.constexpr,
+    WHOLE: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The memory after one more chunk, which stands nearer to the reader by ``gate``.
 
-    S ``[BV, BF]``, z ``[BF]`` relative to exp(m); tokens weigh exp(log_weight), in z times z_weight. Tokens that do not
-    count have no z_weight and, without LOG or DECAY, no ``phi`` or no ``y``. S is transposed and the weights go to the
-    features, so that the values reach the tensor cores as they were loaded.
+    S ``[BV, BF]``, z ``[MASS_ROWS, BF]`` relative to exp(m); tokens weigh exp(log_weight), in z times ``z_weight``,
+    which is 0 or 1 if WHOLE. Tokens that do not count have no ``z_weight`` and, without LOG or DECAY, no ``phi`` or no
+    ``y``. S is transposed and the weights go to the features, so that the values reach the tensor cores as they were
+    loaded.
     """
     phi = phi.to(OT)
-    weighted = phi
     if LOG or DECAY:
         keep = exp(gate)
         if LOG:
@@ -352,10 +416,59 @@ def fold_chunk(
             log_weight -= new
             m = new
         weight = exp(tl.where(counts, log_weight, EMPTY))
-        z_weight = weight * z_weight
-        weighted = (phi.to(tl.float32) * weight[:, None]).to(OT)
+        phi = (phi.to(tl.float32) * weight[:, None]).to(OT)
         S = S * keep
         z = z * keep
-    z += tl.sum(phi.to(tl.float32) * z_weight[:, None], 0)
-    S = tl.dot(tl.trans(y.to(OT)), weighted, S, input_precision=PRECISION)
+    row = tl.arange(0, MASS_ROWS)[:, None]
+    if WHOLE:
+        weights = tl.where(row == 0, z_weight[None, :], 0.0).to(OT)
+    else:
+        high = rounded(z_weight, OT)
+        weights = tl.where(row == 0, high[None, :], tl.where(row == 1, (z_weight - high)[None, :], 0.0)).to(OT)
+    z = tl.dot(weights, phi, z, input_precision=PRECISION)
+    S = tl.dot(tl.trans(y.to(OT)), phi, S, input_precision=PRECISION)
     return S, z, m
+
+
+@triton.jit
+def tanh(x):
+    e = exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def normalise(
+    acc, den, top, num, mass, log_far, sink_logit, FAR: tl.constexpr, SINK_LOGIT: tl.constexpr
+):  # fmt: skip
+    """One normaliser for exact sums relative to exp(top), far ones relative to exp(log_far), and a sink's logit.
+
+    Returns the output ``[C, BV]``, the log-scale of its rows and one over the normaliser, 0 in rows without weight.
+    """
+    new = top
+    if FAR:
+        new = tl.maximum(new, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
+    if SINK_LOGIT:
+        new = tl.maximum(new, sink_logit)
+    new = tl.maximum(new, EMPTY / 2)
+    keep = exp(top - new)
+    acc = acc * keep[:, None]
+    den = den * keep
+    if FAR:
+        take = exp(log_far - new)
+        acc += num * take[:, None]
+        den += mass * take
+    if SINK_LOGIT:
+        den += exp(sink_logit - new)
+    small = tl.where(den < 0, -DENOMINATOR_FLOOR, DENOMINATOR_FLOOR)
+    rden = 1.0 / tl.where(tl.abs(den) < DENOMINATOR_FLOOR, small, den)
+    rden = tl.where(new > EMPTY / 4, rden, 0.0)
+    return acc * rden[:, None], new, rden
+
+
+@triton.jit
+def store_output(out, residual, first, stride, valid, acc, V: tl.constexpr, BV: tl.constexpr):
+    """Rows of the output, and what rounding took from them."""
+    store_rows(out, first, stride, valid, acc, V, BV)
+    if residual is not None:
+        store_rows(residual, first, stride, valid, acc - rounded(acc, out.dtype.element_ty), V, BV)

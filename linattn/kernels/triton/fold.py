@@ -11,12 +11,13 @@ import triton.language as tl
 
 from linattn.kernels.triton.device import (
     EMPTY,
+    column,
+    empty_memory,
     exp,
     features,
     fold_chunk,
     gates,
     load_map,
-    load_memory,
     load_rows,
     locate,
 )
@@ -24,11 +25,11 @@ from linattn.kernels.triton.device import (
 
 @triton.jit
 def fold_kernel(
-    x, x_b, x_t, x_h,
-    y, y_b, y_t, y_h,
+    x, x_b, x_t: tl.constexpr, x_h,
+    y, y_b, y_t: tl.constexpr, y_h,
     weight, low, map_heads, bias,
-    log_scale, far_bias, top, delta,
-    decay, decay_b, decay_t, decay_h,
+    log_scale, far_bias, lag, top, delta,
+    decay, decay_b, decay_t: tl.constexpr, decay_h,
     starts, lengths, bases, seg_sequence, seg_first,
     out_kv, out_k, out_m, out_g,
     norm, constant, T, segments, segment,
@@ -41,7 +42,8 @@ def fold_kernel(
     BF: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
-    REACH_TOKENS: tl.constexpr,
+    GAP: tl.constexpr,
+    SKIPPED: tl.constexpr,
     SINKS: tl.constexpr,
     ACT: tl.constexpr,
     LOG: tl.constexpr,
@@ -53,10 +55,13 @@ def fold_kernel(
 ):  # fmt: skip
     """One segment of one key head: keys and values, or in REVERSE its G heads of queries and output gradients.
 
-    H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient over the normaliser.
+    H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient over the normaliser, and the queries of
+    a segment are those GAP rows later. SKIPPED leaves out the last (in REVERSE the first) segment of each sequence.
     """
     head = tl.program_id(0)
     pid = tl.program_id(1)
+    if SKIPPED:
+        pid += pid // (segments - 1) + (1 if REVERSE else 0)
     kv_heads = H // G if REVERSE else H
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
     row64 = row.to(tl.int64)
@@ -65,13 +70,9 @@ def fold_kernel(
     y += row64 * y_b + start * y_t
     if decay is not None:
         decay += row64 * decay_b + start * decay_t
-    if REVERSE:
-        begin = tl.where(s == 0, 0, s * segment + REACH_TOKENS)
-        end = tl.minimum((s + 1) * segment + REACH_TOKENS, length)
-    else:
-        begin = tl.maximum(s * segment - REACH_TOKENS, 0)
-        end = tl.minimum((s + 1) * segment - REACH_TOKENS, length)
-    S, z, m = load_memory(None, None, None, 0, F, V, BF, BV, LOG)
+    begin = s * segment
+    end = tl.minimum(begin + segment, length)
+    S, z, m = empty_memory(BF, BV, LOG)
     total = tl.full([], 0.0, tl.float64)
     chunks = tl.cdiv(tl.maximum(end - begin, 0), C)
     DECAY: tl.constexpr = decay is not None
@@ -84,11 +85,13 @@ def fold_kernel(
         )
     for i in range(0, chunks):
         at = (chunks - 1 - i) if REVERSE else i
-        rows = begin + at * C + tl.arange(0, C)
-        valid = rows < end
+        first = begin + at * C
+        rows = first + tl.arange(0, C)
+        at_x = first + GAP
+        valid = (rows < end) & (rows + GAP < length)
         counts = valid & (base + rows >= SINKS)
         if DECAY:
-            g, gate64 = gates(decay + head * decay_h, rows, decay_t, valid)
+            g, gate64 = gates(decay + head * decay_h, first, decay_t, rows < end)
             total += gate64
             gate = gate64.to(tl.float32)
             along = g.to(tl.float32) if REVERSE else (gate64 - g).to(tl.float32)
@@ -101,22 +104,25 @@ def fold_kernel(
                 w0, w1, l0, l1, c0, c1 = load_map(
                     weight, low, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT
                 )
-            xs = load_rows(x + hx * x_h, rows, x_t, valid, D, BD)
-            ys = load_rows(y + hx * y_h, rows, y_t, counts, V, BV)
+            xs = load_rows(x + hx * x_h, at_x, x_t, valid, D, BD)
+            ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)
             phi, logs = features(
                 xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
             )
-            stat = (origin * H + hx) + rows.to(tl.int64) * H
+            stat = origin * H + hx
             if log_scale is not None:
-                logs = tl.load(log_scale + stat, mask=valid, other=0.0)
+                logs = tl.load(column(log_scale + stat, at_x, H, C), mask=valid, other=0.0)
             log_weight = along
             if REVERSE:
-                z_weight = -tl.load(delta + stat, mask=valid, other=0.0)
+                z_weight = -tl.load(column(delta + stat, at_x, H, C), mask=valid, other=0.0)
                 if TOP:
-                    row_top = tl.load(top + stat, mask=valid, other=EMPTY)
+                    row_top = tl.load(column(top + stat, at_x, H, C), mask=valid, other=EMPTY)
                     counts = row_top > EMPTY / 4
                     if far_bias is not None:
                         logs += tl.load(far_bias + hx)
+                    if lag is not None:
+                        key_stat = origin * kv_heads + head
+                        logs += tl.load(column(lag + key_stat, at_x, kv_heads, C), mask=valid, other=0.0)
                     log_weight += logs - row_top
                 step = tl.where(group == 0, gate, 0.0)
             else:
@@ -124,13 +130,15 @@ def fold_kernel(
                 if LOG:
                     log_weight += logs
                 step = gate
-            S, z, m = fold_chunk(S, z, m, phi, ys, log_weight, counts, z_weight, step, LOG, DECAY, OT, PRECISION)
+            S, z, m = fold_chunk(
+                S, z, m, phi, ys, log_weight, counts, z_weight, step, LOG, DECAY, not REVERSE, OT, PRECISION
+            )
     f = tl.arange(0, BF)
     v = tl.arange(0, BV)
     place = pid.to(tl.int64) * kv_heads + head
     pointers = out_kv + (place * F + f[None, :]) * V + v[:, None]
     tl.store(pointers, S, mask=(f < F)[None, :] & (v < V)[:, None])
-    tl.store(out_k + place * F + f, z, mask=f < F)
+    tl.store(out_k + place * F + f, tl.sum(z, 0), mask=f < F)
     if LOG:
         tl.store(out_m + place, m)
     if DECAY:
@@ -185,17 +193,19 @@ def scan_kernel(
         at = first + (count - 1 - i if REVERSE else i)
         place = at.to(tl.int64) * kv_heads + head
         pointers = (place * F + f[:, None]) * V + v[None, :]
-        part = tl.load(kv + pointers, mask=mask, other=0.0)
-        part_z = tl.load(k + place * F + f, mask=fmask, other=0.0)
+        more = i < count - 1 if end_kv is None else i >= 0  # nobody reads the sum of all
+        rest = tl.where(more, F, 0)
+        part = tl.load(kv + pointers, mask=mask & (f < rest)[:, None], other=0.0)
+        part_z = tl.load(k + place * F + f, mask=f < rest, other=0.0)
         tl.store(out_kv + pointers, S, mask=mask)
         tl.store(out_k + place * F + f, z, mask=fmask)
         step = tl.full([], 0.0, tl.float32)
         if DECAY:
-            step = tl.load(gate + place)
+            step = tl.load(gate + place, mask=more, other=0.0)
         if LOG:
             if block == 0:
                 tl.store(out_m + place, top)
-            part_m = tl.load(m + place)
+            part_m = tl.load(m + place, mask=more, other=EMPTY)
             new = tl.maximum(top + step, part_m)
             keep = exp(top + step - new)
             take = exp(part_m - new)
@@ -212,3 +222,32 @@ def scan_kernel(
         if LOG:
             if block == 0:
                 tl.store(end_m + origin, top)
+
+
+@triton.jit
+def lag_kernel(
+    decay, decay_b, decay_t, decay_h,
+    out, starts, lengths, T, blocks, heads,
+    GAP: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Σ of the log-decay of each token and the GAP − 1 before it in its sequence, ``out [B, T, heads]``."""
+    head = tl.program_id(0)
+    n = tl.program_id(1) // blocks
+    row = n.to(tl.int64) * 0 if PACKED else n.to(tl.int64)
+    start = tl.load(starts + n) if PACKED else row * 0
+    length = (n * 0 + T).to(tl.int32) if lengths is None else tl.load(lengths + n).to(tl.int32)
+    decay += row * decay_b + start * decay_t + head * decay_h
+    for block in range(tl.program_id(1) % blocks, tl.cdiv(length, BLOCK), blocks):
+        first = block * BLOCK
+        rows = first + tl.arange(0, BLOCK)
+        total = tl.full([], 0.0, tl.float64)
+        for j in range(0, tl.cdiv(GAP, BLOCK)):
+            before = first - GAP + j * BLOCK + tl.arange(0, BLOCK)
+            there = (before >= 0) & (before < first)
+            total += tl.sum(tl.load(decay + before.to(tl.int64) * decay_t, mask=there, other=0.0).to(tl.float64), 0)
+        valid = rows < length
+        new = tl.load(decay + rows.to(tl.int64) * decay_t, mask=valid, other=0.0).to(tl.float64)
+        left = rows - GAP
+        old = tl.load(decay + left.to(tl.int64) * decay_t, mask=valid & (left >= 0), other=0.0).to(tl.float64)
+        sums = total + tl.cumsum(new - old, 0)
+        tl.store(out + (row * T + start + rows.to(tl.int64)) * heads + head, sums.to(tl.float32), mask=valid)

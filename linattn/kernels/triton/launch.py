@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
+import triton.language
 from torch import Tensor
 
-from linattn.kernels.triton import backward, fold, forward
+from linattn.kernels.triton import backward, fold, forward, window
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.device import ACTIVATIONS
+from linattn.kernels.triton.launcher import INTERPRETED, launch
 
 
 class Inputs(NamedTuple):
@@ -109,27 +110,35 @@ class Memory(NamedTuple):
     m: Tensor
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
-"""Triton's interpreter runs the kernels on the CPU; it is chosen before Triton is imported."""
 NARROWEST = 16 if INTERPRETED else 64
 """Columns of the narrowest tile: Triton 3.6 reads outside shared memory in some products of narrower ones on Hopper."""
 
 
 def block(width: int) -> int:
     """Columns of a tile that holds ``width`` of them."""
-    return max(NARROWEST, triton.next_power_of_2(width))
+    return max(NARROWEST, 1 << (width - 1).bit_length())
+
+
+def sink_rows(sinks: int) -> int:
+    """Rows of the tile that holds the sinks."""
+    return max(16, 1 << (sinks - 1).bit_length()) if sinks else 16
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
+LAG_BLOCK = 256
+FARTHEST = 1 << 22
+"""Numbers between two tokens, at most: offsets within a chunk fit 32 bits."""
+
+
 def rows(x: Tensor) -> Tensor:
-    """``x`` with contiguous last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """``x`` with contiguous last dimension, and tokens near each other."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(1) <= FARTHEST else x.contiguous()
 
 
-def precision(dtype: torch.dtype) -> dict[str, Any]:
+def precision(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     """The tensor cores' operand type and precision for inputs of ``dtype``.
 
     float16 goes through tf32, whose range sums over tokens do not leave, in three terms: one cuts off half a unit of
@@ -139,7 +148,6 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
         return {"OT": triton.language.bfloat16, "PRECISION": "ieee"}
     if dtype == torch.float16:
         return {"OT": triton.language.float32, "PRECISION": "tf32x3"}
-    tf32 = torch.backends.cuda.matmul.allow_tf32
     return {"OT": triton.language.float32, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
@@ -193,29 +201,64 @@ def shape_of(x: Inputs, o: Options) -> _Shape:
     )
 
 
-def _dims(s: _Shape, o: Options) -> dict[str, Any]:
-    features = max(o.features, 1)
+def is_near(x: Inputs, o: Options) -> bool:
+    """Whether the kernels of the window end the call: something enters the normaliser exactly, or there is no more."""
+    return o.window > 0 or o.sinks > 0 or x.sink_logits is not None or not o.far
+
+
+def gap_of(o: Options) -> int:
+    """Tokens from the newest far key to its query."""
+    return max(o.window, 1 if o.strict else 0)
+
+
+def near_chunk(c: Config) -> int:
+    """Tokens of a chunk in the kernels of the window: their tiles fit the registers of four warps."""
+    return min(c.chunk, 64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _far_dims(s: _Shape, o: Options, keys: bool, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+    return {
+        "H": s.heads,
+        "G": s.heads // s.kv_heads,
+        "V": s.value_dim,
+        "DF": s.far_dim,
+        "F": o.features,
+        "BV": block(s.value_dim),
+        "BDF": block(s.far_dim),
+        "BF": block(o.features),
+        "GAP": gap_of(o) if keys else 0,
+        "SINKS": o.sinks if keys else 0,
+        "ACT": ACTIVATIONS[o.activation],
+        "KLOG": o.key_log,
+        "PACKED": s.packed,
+        **precision(dtype, tf32),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _near_dims(s: _Shape, o: Options, chunk: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+    widest = max(s.head_dim, s.value_dim)
     return {
         "H": s.heads,
         "G": s.heads // s.kv_heads,
         "D": s.head_dim,
         "V": s.value_dim,
-        "DF": s.far_dim,
-        "F": features,
         "BD": block(s.head_dim),
         "BV": block(s.value_dim),
-        "BDF": block(s.far_dim),
-        "BF": block(features),
         "WINDOW": o.window,
-        "SINKS": o.sinks,
-        "FAR": o.far,
         "STRICT": o.strict,
-        "ACT": ACTIVATIONS[o.activation],
-        "KLOG": o.key_log,
-        "TOP": s.top,
         "SOFTCAP": o.softcap > 0,
         "PACKED": s.packed,
+        "C": chunk,
+        "num_warps": 4 if widest <= 128 else 8,
+        "num_stages": 2 if widest <= 64 else 1,
+        **precision(dtype, tf32),
     }
+
+
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def _tables(x: Inputs) -> tuple[Tensor | None, ...]:
@@ -237,35 +280,57 @@ def _weights(x: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Te
     return high[0], high[1], low[0], low[1]
 
 
-def reach_tokens(window: int, chunk: int) -> int:
-    """Tokens by which the memory lags: whole chunks that hold the window."""
-    return (window + chunk - 2) // chunk * chunk if window > 1 else 0
+def _starts_empty(x: Inputs, s: _Shape) -> bool:
+    """Whether the memory before the first segment of a sequence is nothing, and not stored."""
+    return x.state_kv is None and s.segments > 1 and not s.packed
 
 
-def _fold(x: Inputs, o: Options, s: _Shape, c: Config, lag: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each segment's own memory of keys: kv, k, m and its total decay."""
+def _lag(x: Inputs, o: Options, s: _Shape) -> Tensor | None:
+    """Each query's log-decay over the tokens between it and its newest far key ``[B, T, Hkv]``."""
+    gap = gap_of(o)
+    if x.decay is None or gap == 0 or x.k is None:
+        return None
+    out = torch.empty(s.batch, s.length, s.kv_heads, dtype=torch.float32, device=x.q.device)
+    blocks = max(1, min(-(-s.length // LAG_BLOCK), 4096 // s.sequences))
+    launch(
+        fold.lag_kernel, (s.kv_heads, s.sequences * blocks),
+        x.decay, *strides(x.decay), out, x.starts, x.lengths, s.length, blocks, s.kv_heads,
+        GAP=gap, BLOCK=LAG_BLOCK, PACKED=s.packed,
+    )  # fmt: skip
+    return out
+
+
+def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each segment's own memory of keys: kv, k, m and its total decay. ``skip``: not the last one's of a sequence."""
     assert x.v is not None
     source = x.k_far if x.k_far is not None else x.k
     assert source is not None
-    new = x.v.new_empty
-    kv = new(s.total, s.kv_heads, o.features, s.value_dim, dtype=torch.float32)
-    k = new(s.total, s.kv_heads, o.features, dtype=torch.float32)
-    m = new((s.total, s.kv_heads) if o.key_log else (0,), dtype=torch.float32)
-    gate = new((s.total, s.kv_heads) if x.decay is not None else (0,), dtype=torch.float32)
-    fold.fold_kernel[(s.kv_heads, s.total)](
+    parts = _empty_parts(x, o, s, log=o.key_log)
+    launch(
+        fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
         source, *strides(source), x.v, *strides(x.v),
         *_weights(x)[1::2], _heads_of(x.key_weight, x.key_bias), x.key_bias,
-        x.key_log, None, None, None,
+        x.key_log, None, None, None, None,
         x.decay, *strides(x.decay),
         *_tables(x),
-        kv, k, m, gate,
+        *parts,
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
-        BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, REACH_TOKENS=lag,
+        BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=0, SKIPPED=skip,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOG=o.key_log, TOP=False, REVERSE=False, PACKED=s.packed,
-        num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype),
+        num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype, _tf32()),
     )  # fmt: skip
-    return kv, k, m, gate
+    return parts
+
+
+def _empty_parts(x: Inputs, o: Options, s: _Shape, *, log: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    f32: dict[str, Any] = {"dtype": torch.float32, "device": x.q.device}
+    return (
+        torch.empty(s.total, s.kv_heads, o.features, s.value_dim, **f32),
+        torch.empty(s.total, s.kv_heads, o.features, **f32),
+        torch.empty((s.total, s.kv_heads) if log else (0,), **f32),
+        torch.empty((s.total, s.kv_heads) if x.decay is not None else (0,), **f32),
+    )
 
 
 def _scan(
@@ -289,7 +354,8 @@ def _scan(
             kv.new_empty(n, *kv.shape[1:]), k.new_empty(n, *k.shape[1:]), m.new_empty((n, s.kv_heads) if log else (0,))
         )
     rows_at_once = max(1, min(block(features), 4096 // block(value_dim)))
-    fold.scan_kernel[(triton.cdiv(features, rows_at_once), s.kv_heads, s.sequences)](
+    launch(
+        fold.scan_kernel, (-(-features // rows_at_once), s.kv_heads, s.sequences),
         kv, k, m, gate,
         *((None, None, None) if start is None else start),
         kv, k, out_m,
@@ -311,8 +377,8 @@ def memory_before(x: Inputs, o: Options, c: Config) -> Memory:
     """The memory before each segment, each tensor ``[0]`` where it is the given state or nothing."""
     s = shape_of(x, o)
     if o.far and x.v is not None and (s.segments > 1 or s.packed):
-        lag = reach_tokens(o.window, c.chunk)
-        return _scan(_fold(x, o, s, c, lag), _start(x), x, s, log=o.key_log, reverse=False, end=False)[0]
+        parts = _fold(x, o, s, c, skip=not s.packed)
+        return _scan(parts, _start(x), x, s, log=o.key_log, reverse=False, end=False)[0]
     nothing = torch.empty(0, dtype=torch.float32, device=x.q.device)
     return Memory(nothing, nothing, nothing)
 
@@ -338,7 +404,7 @@ def final_memory(x: Inputs, o: Options, c: Config) -> tuple[Memory, Tensor]:
     ``q`` stands for heads only: it is not read.
     """
     s = shape_of(x, o)
-    parts = _fold(x, o, s, c, 0)
+    parts = _fold(x, o, s, c)
     _, end = _scan(parts, _start(x), x, s, log=o.key_log, reverse=False, end=True)
     assert end is not None
     return end, parts[3]
@@ -348,7 +414,7 @@ def segment_gates(x: Inputs, o: Options, c: Config) -> Tensor:
     """Each segment's total decay ``[segments, Hkv]``, ``[0]`` without."""
     if x.decay is None:
         return torch.empty(0, dtype=torch.float32, device=x.q.device)
-    return _fold(x, o, shape_of(x, o), c, 0)[3]
+    return _fold(x, o, shape_of(x, o), c)[3]
 
 
 def final_memory_backward(
@@ -387,18 +453,20 @@ def final_memory_backward(
             if x.key_bias is None
             else torch.zeros(s.total, s.kv_heads, parts_of_map, x.key_weight.shape[-1], **f32)
         )
-    dims = _dims(s, o) | {"WINDOW": 0, "TOP": o.key_log, "H": s.kv_heads, "G": 1}
-    backward.dkv_kernel[(s.kv_heads, s.total)](
-        k_far, 0, 0, 0, x.k, *strides(x.k), x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
+    dims = _far_dims(s, o, True, dtype, _tf32()) | {"GAP": 0, "H": s.kv_heads, "G": 1}
+    launch(
+        backward.dkv_kernel, (s.kv_heads, s.total),
+        x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
         *(w for w in _weights(x)[1::2] for _ in range(2)), heads, heads, x.key_bias, x.key_bias,
-        None, x.key_log, None,
+        None, x.key_log, None, None,
         x.decay, *strides(x.decay),
         *memory,
         *_tables(x),
         None, None, None,
-        dx if shared else None, dv, None if shared else dx, dlog, dw, dc,
-        o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.chunk, QUERIES=False, **dims, **precision(dtype), num_warps=c.dkv_warps, num_stages=c.dkv_stages,
+        dx, dv, dlog, dw, dc,
+        o.norm, o.constant, s.length, s.segments, o.segment,
+        C=c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, **dims,
+        num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
     grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dx, dv, dlog
     if dw is not None:
@@ -432,22 +500,42 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         rden.zero_()
         top.zero_()
     found = memory_before(x, o, c)
-    memory = _memory_before(x, o, s, found)
+    keys, near, tf32 = x.k is not None, is_near(x, o), _tf32()
     k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
-    q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
-    forward.attend_kernel[(s.heads, s.total)](
-        x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-        *_weights(x), _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
-        x.query_bias, x.key_bias,
-        x.query_log, x.key_log, x.far_bias, x.sink_logits,
-        x.decay, *strides(x.decay), x.sink_k, x.sink_v,
-        *memory,
-        *_tables(x),
-        out, residual if rounds else None, top, rden,
-        o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.chunk, BS=max(16, triton.next_power_of_2(o.sinks)), KEYS=x.k is not None, **_dims(s, o), **precision(dtype),
-        num_warps=c.forward_warps, num_stages=c.forward_stages,
-    )  # fmt: skip
+    num = mass = log = None
+    if o.far:
+        if near:
+            num = torch.empty(out.shape, dtype=torch.float32, device=device)
+            mass, log = torch.empty_like(rden), torch.empty_like(rden)
+        q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
+        launch(
+            forward.attend_kernel, (s.heads, s.total),
+            v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+            *_weights(x), _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
+            x.query_bias, x.key_bias,
+            x.query_log, x.key_log, x.far_bias, _lag(x, o, s),
+            x.decay, *strides(x.decay),
+            *_memory_before(x, o, s, found),
+            *_tables(x),
+            num, mass, log,
+            out, residual if rounds else None, top, rden,
+            o.norm, o.constant, s.length, s.segments, o.segment,
+            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), **_far_dims(s, o, keys, dtype, tf32),
+            num_warps=c.forward_warps, num_stages=c.forward_stages,
+        )  # fmt: skip
+    if near:
+        chunk = near_chunk(c)
+        launch(
+            window.near_kernel, (s.heads * s.total * (o.segment // chunk),),
+            x.q, *strides(x.q), k, *strides(k), v, *strides(v),
+            x.sink_k, x.sink_v, x.sink_logits,
+            num, mass, log,
+            *_tables(x),
+            out, residual if rounds else None, top, rden,
+            o.scale, o.softcap, s.length, s.segments, o.segment,
+            SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap_of(o) if keys else 0, TOP=s.top,
+            **_near_dims(s, o, chunk, dtype, tf32),
+        )  # fmt: skip
     return out, Stats(top, rden, residual, *found)
 
 
@@ -464,19 +552,11 @@ def attend_backward(
     scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     count = delta.numel()
     if count:
-        backward.delta_kernel[(triton.cdiv(count, 64),)](
-            out,
-            stats.residual if stats.residual.numel() else None,
-            dout,
-            stats.rden,
-            scaled,
-            delta,
-            count,
-            V=s.value_dim,
-            BV=block(s.value_dim),
-            R=64,
-            TOP=s.top,
-        )
+        launch(
+            backward.delta_kernel, (-(-count // 64),),
+            out, stats.residual if stats.residual.numel() else None, dout, stats.rden, scaled, delta, count,
+            V=s.value_dim, BV=block(s.value_dim), R=64, TOP=s.top,
+        )  # fmt: skip
     if x.sink_logits is not None and needs["sink_logits"]:
         grads["sink_logits"] = -((x.sink_logits.float() - stats.top).exp() * delta).sum((0, 1))
 
@@ -486,17 +566,24 @@ def attend_backward(
     q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
     query_heads, key_heads = _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias)
     weights = _weights(x)
-    near = o.window > 0 or o.sinks > 0
+    tf32, gap = _tf32(), gap_of(o) if keys else 0
+    chunk = near_chunk(c)
+    chunks = s.total * (o.segment // chunk)
+    lag = _lag(x, o, s) if o.far else None
+    far_dims = _far_dims(s, o, keys, dtype, tf32)
+    near_dims = _near_dims(s, o, chunk, dtype, tf32)
     zeroed = x.lengths is not None
 
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return (torch.zeros if zeroed else torch.empty)(shape, dtype=dtype, device=device)
+    def make(*shape: int, dtype: torch.dtype = dtype, partly: bool = False) -> Tensor:
+        """Zeros where the kernels do not write every slot, or only those of far queries (``partly``)."""
+        return (torch.zeros if zeroed or (partly and gap) else torch.empty)(shape, dtype=dtype, device=device)
 
     # Queries.
-    dq = make(s.batch, s.length, s.heads, s.head_dim) if shared or near else None
-    dq_far = None if shared or not o.far else make(s.batch, s.length, s.heads, s.far_dim)
+    exact = o.window > 0 or o.sinks > 0 or not o.far  # the window's kernels add to what the far part left
+    dq = make(s.batch, s.length, s.heads, s.head_dim, partly=not exact) if shared or exact else None
+    dq_far = None if shared or not o.far else make(s.batch, s.length, s.heads, s.far_dim, partly=True)
     wants_log = o.far and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias"))
-    dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32) if wants_log else None
+    dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True) if wants_log else None
     parts = 2 if o.activation == "product" else 1
 
     def share(weight: Tensor | None, bias: Tensor | None, names: tuple[str, str], heads: int) -> tuple[Any, Any]:
@@ -506,27 +593,39 @@ def attend_backward(
         return dw, None if bias is None else make(s.total, heads, parts, weight.shape[-1], dtype=torch.float32)
 
     dwq, dcq = share(x.query_weight, x.query_bias, ("query_weight", "query_bias"), s.heads)
-    dsink_k = make(s.total, s.heads, o.sinks, s.head_dim, dtype=torch.float32) if o.sinks else None
-    dsink_v = make(s.total, s.heads, o.sinks, s.value_dim, dtype=torch.float32) if o.sinks else None
-    dims = _dims(s, o)
-    backward.dq_kernel[(s.heads, s.total)](
-        x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-        *weights, query_heads, key_heads, x.query_bias, x.key_bias,
-        x.query_log, x.key_log, x.far_bias,
-        x.decay, *strides(x.decay), x.sink_k, x.sink_v,
-        *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
-        *_tables(x),
-        scaled, stats.top, delta,
-        dq, dq_far, dlog_q, dwq, dcq, dsink_k, dsink_v,
-        o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.chunk, BS=max(16, triton.next_power_of_2(o.sinks)), KEYS=keys, **dims, **precision(dtype),
-        num_warps=c.dq_warps, num_stages=c.dq_stages,
-    )  # fmt: skip
+    if o.far:
+        launch(
+            backward.dq_kernel, (s.heads, s.total),
+            v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+            *weights, query_heads, key_heads, x.query_bias, x.key_bias,
+            x.query_log, x.key_log, x.far_bias, lag,
+            x.decay, *strides(x.decay),
+            *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
+            *_tables(x),
+            scaled, stats.top, delta,
+            dq if shared else dq_far, dlog_q, dwq, dcq,
+            o.norm, o.constant, s.length, s.segments, o.segment,
+            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **far_dims,
+            num_warps=c.dq_warps, num_stages=c.dq_stages,
+        )  # fmt: skip
+    dsink_k = torch.zeros(chunks, s.heads, o.sinks, s.head_dim, **f32) if o.sinks else None
+    dsink_v = torch.zeros(chunks, s.heads, o.sinks, s.value_dim, **f32) if o.sinks else None
+    if exact:
+        launch(
+            window.near_dq_kernel, (s.heads * chunks,),
+            x.q, *strides(x.q), k, *strides(k), v, *strides(v),
+            x.sink_k, x.sink_v,
+            *_tables(x),
+            scaled, stats.top, delta,
+            dq, dsink_k, dsink_v,
+            o.scale, o.softcap, s.length, s.segments, o.segment,
+            SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap, TOP=s.top, ADD=o.far and shared, **near_dims,
+        )  # fmt: skip
     grads["q"], grads["q_far"] = dq, dq_far
     if o.sinks:
         assert dsink_k is not None and dsink_v is not None and x.sink_k is not None and x.sink_v is not None
-        grads["sink_k"] = _sum_segments(dsink_k, x, s, x.sink_k)
-        grads["sink_v"] = _sum_segments(dsink_v, x, s, x.sink_v)
+        grads["sink_k"] = _sum_chunks(dsink_k, x, s, x.sink_k)
+        grads["sink_v"] = _sum_chunks(dsink_v, x, s, x.sink_v)
     if dwq is not None:
         grads["query_weight"] = _sum_heads(dwq, query_heads, x.query_weight)
         grads["query_bias"] = None if dcq is None else _sum_heads(dcq, query_heads, x.query_bias)
@@ -536,26 +635,23 @@ def attend_backward(
     want_state = start_given = x.state_kv is not None and o.far
     want_state = start_given and (needs["state_kv"] or needs["state_k"])
     if o.far and ((keys and (s.segments > 1 or s.packed)) or want_state):
-        new = x.q.new_empty
-        kv = new(s.total, s.kv_heads, o.features, s.value_dim, **f32)
-        kz = new(s.total, s.kv_heads, o.features, **f32)
-        m = new((s.total, s.kv_heads) if s.top else (0,), **f32)
-        gate = new((s.total, s.kv_heads) if x.decay is not None else (0,), **f32)
-        lag = reach_tokens(o.window, c.chunk) if keys else 0
-        fold.fold_kernel[(s.kv_heads, s.total)](
+        skip = keys and not s.packed and not want_state
+        sums = _empty_parts(x, o, s, log=s.top)
+        launch(
+            fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
             q_far, *strides(q_far), scaled, *strides(scaled),
             *weights[::2], query_heads, x.query_bias,
-            x.query_log, x.far_bias, stats.top, delta,
+            x.query_log, x.far_bias, lag, stats.top, delta,
             x.decay, *strides(x.decay),
             *_tables(x),
-            kv, kz, m, gate,
+            *sums,
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
-            BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, REACH_TOKENS=lag,
+            BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=gap, SKIPPED=skip,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOG=s.top, TOP=s.top, REVERSE=True, PACKED=s.packed,
-            num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype),
+            num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
         )  # fmt: skip
-        memory, end = _scan((kv, kz, m, gate), None, x, s, log=s.top, reverse=True, end=want_state)
+        memory, end = _scan(sums, None, x, s, log=s.top, reverse=True, end=want_state)
     if want_state:
         assert end is not None
         factor: Tensor | float = 1.0
@@ -569,29 +665,39 @@ def attend_backward(
     dlog_k = None
     if keys:
         dk = make(s.batch, s.length, s.kv_heads, s.head_dim) if shared or o.window else None
-        dv = make(s.batch, s.length, s.kv_heads, s.value_dim)
+        dv = make(s.batch, s.length, s.kv_heads, s.value_dim) if o.far or o.window else None
         dk_far = None if shared or not o.far else make(s.batch, s.length, s.kv_heads, s.far_dim)
         wants = o.far and (needs["key_log"] or needs["decay"])
         dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32) if wants else None
         dwk, dck = share(x.key_weight, x.key_bias, ("key_weight", "key_bias"), s.kv_heads)
-        return_keys: tuple[Tensor | None, ...] = (dk, dv, dk_far)
-        if o.window or o.far:
-            backward.dkv_kernel[(s.kv_heads, s.total)](
-                x.q, *strides(x.q), k, *strides(k), v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+        if o.far:
+            launch(
+                backward.dkv_kernel, (s.kv_heads, s.total),
+                v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
                 *weights, query_heads, key_heads, x.query_bias, x.key_bias,
-                x.query_log, x.key_log, x.far_bias,
+                x.query_log, x.key_log, x.far_bias, lag,
                 x.decay, *strides(x.decay),
                 *((None, None, None) if memory is None else memory),
                 *_tables(x),
                 scaled, stats.top, delta,
-                dk, dv, dk_far, dlog_k, dwk, dck,
-                o.scale, o.softcap, o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.chunk, QUERIES=True, **dims, **precision(dtype),
+                dk if shared else dk_far, dv, dlog_k, dwk, dck,
+                o.norm, o.constant, s.length, s.segments, o.segment,
+                C=c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
                 num_warps=c.dkv_warps, num_stages=c.dkv_stages,
             )  # fmt: skip
-        else:
-            return_keys = (None, None, None)
-        grads["k"], grads["v"], grads["k_far"] = return_keys
+        if o.window:
+            launch(
+                window.near_dkv_kernel, (s.kv_heads * chunks,),
+                x.q, *strides(x.q), k, *strides(k), v, *strides(v),
+                *_tables(x),
+                scaled, stats.top, delta,
+                dk, dv,
+                o.scale, o.softcap, s.length, s.segments, o.segment,
+                ADD_K=o.far and shared, ADD_V=o.far, **near_dims,
+            )  # fmt: skip
+        elif not o.far:
+            dk = None
+        grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
         if dwk is not None:
             grads["key_weight"] = _sum_heads(dwk, key_heads, x.key_weight)
             grads["key_bias"] = None if dck is None else _sum_heads(dck, key_heads, x.key_bias)
@@ -608,12 +714,13 @@ def attend_backward(
     return grads
 
 
-def _sum_segments(d: Tensor, x: Inputs, s: _Shape, like: Tensor) -> Tensor:
-    """Shares ``[segments, H, S, ·]`` of the sinks' gradient to ``[N, S, Hkv, ·]``."""
-    d = d.unflatten(1, (s.kv_heads, -1)).sum(2)  # [segments, Hkv, S, ·]
+def _sum_chunks(d: Tensor, x: Inputs, s: _Shape, like: Tensor) -> Tensor:
+    """Shares ``[chunks, H, S, ·]`` of the sinks' gradient to ``[N, S, Hkv, ·]``."""
+    d = d.unflatten(1, (s.kv_heads, -1))  # [chunks, Hkv, G, S, ·]
     if x.seg_sequence is None:
-        d = d.unflatten(0, (s.sequences, s.segments)).sum(1)
+        d = d.unflatten(0, (s.sequences, -1)).sum((1, 3))
     else:
+        d = d.unflatten(0, (s.total, -1)).sum((1, 3))
         found = d.new_zeros(s.sequences + 1, *d.shape[1:])
         d = found.index_add(0, x.seg_sequence.long(), d)[: s.sequences]
     return d.transpose(1, 2).to(like.dtype)
@@ -631,7 +738,8 @@ def _sum_heads(d: Tensor, heads: int, like: Tensor | None) -> Tensor:
 def _suffix_sums(d: Tensor, minus: Tensor | None, x: Inputs, s: _Shape) -> Tensor:
     """Σ from each token to its sequence's end of ``d [B, T, H]``, summed per key head, less ``minus [B, T, Hkv]``."""
     out = d.new_zeros(*d.shape[:2], s.kv_heads)
-    backward.suffix_kernel[(s.kv_heads, s.sequences)](
+    launch(
+        backward.suffix_kernel, (s.kv_heads, s.sequences),
         d, minus, out, x.lengths, x.starts, s.length, s.kv_heads,
         G=s.heads // s.kv_heads, BLOCK=1024, PACKED=s.packed, MINUS=minus is not None, num_warps=4,
     )  # fmt: skip

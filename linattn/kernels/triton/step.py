@@ -24,8 +24,8 @@ from linattn.kernels.triton.device import (
     RELU,
     SOFTMAX,
     load_bias,
+    tanh,
 )
-from linattn.kernels.triton.forward import tanh
 from linattn.kernels.validate import STRONGEST_DECAY, Call
 from linattn.state import AttentionState
 

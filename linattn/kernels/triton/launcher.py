@@ -1,0 +1,48 @@
+"""Launches that cost little: Triton compiles a kernel once, and later calls of the same kind start it directly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter runs the kernels on the CPU; it is chosen before Triton is imported."""
+_DIRECT = torch.version.hip is None and not INTERPRETED
+_MOST = 8192
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
+) -> None:
+    """Start ``kernel`` on ``grid`` with ``args``, then ``constants`` for its last parameters.
+
+    Triton describes every argument of every call by name to find what it compiled, which for a kernel of eighty of them
+    takes longer than a small kernel runs. Here what it may have specialised on is the key itself: tensors count by
+    dtype and alignment, everything else by value. The first argument is a tensor.
+    """
+    if not _DIRECT:
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        return
+    rest = tuple([constants[name] for name in kernel.arg_names[len(args) :]])
+    key = (
+        kernel,
+        args[0].get_device(),
+        num_warps,
+        num_stages,
+        rest,
+        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args],
+    )
+    found = _compiled.get(key)
+    if found is None:
+        found = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        if len(_compiled) >= _MOST:
+            _compiled.clear()
+        if hasattr(found, "run"):
+            _compiled[key] = found
+        return
+    found[(*grid, 1, 1)[:3]](*args, *rest)
