@@ -19,13 +19,14 @@ from linattn.kernels.triton.device import (
     exp,
     features,
     features_backward,
-    fold_chunk,
     gates,
+    join,
     load_map,
     load_memory,
     load_rows,
     locate,
     store_rows,
+    weigh,
 )
 
 LARGEST_EXPONENT = tl.constexpr(80.0)
@@ -83,13 +84,13 @@ def dq_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     qf, qf_b, qf_t: tl.constexpr, qf_h,
     kf, kf_b, kf_t: tl.constexpr, kf_h,
-    query_weight, key_weight, query_low, key_low, query_map_heads, key_map_heads, query_bias, key_bias,
-    query_log, key_log, far_bias, lag,
+    key_weight, key_low, key_map_heads, key_bias,
+    key_log,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, top, delta,
-    dq, dlog, dweight, dbias,
+    do, relative, delta,
+    dphi_q, dlog,
     norm, constant, T, segments, segment,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -107,11 +108,12 @@ def dq_kernel(
     ACT: tl.constexpr,
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
+    MILD: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The far part's gradients of queries, of the query map and of the queries' log-scales."""
+    """The gradient of the queries' features ``[B, T, H, F]``, and of the log-scales of given ones (``dlog``)."""
     head = tl.program_id(0)
     pid = tl.program_id(1)
     kv_head = head // G
@@ -120,20 +122,14 @@ def dq_kernel(
     origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
     DECAY: tl.constexpr = decay is not None
-    PROJECT: tl.constexpr = query_weight is not None
-    BIAS: tl.constexpr = query_bias is not None
-    LOW: tl.constexpr = query_low is not None
-    FIRST: tl.constexpr = KLOG and PROJECT  # the memory's weight needs the queries' log-scale
+    PROJECT: tl.constexpr = key_weight is not None
+    BIAS: tl.constexpr = key_bias is not None
+    LOW: tl.constexpr = key_low is not None
     stat = origin * H + head
     key_stat = origin * kv_heads + kv_head
 
     v += row64 * v_b + start * v_t + kv_head * v_h
-    qf += row64 * qf_b + start * qf_t + head * qf_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
-    qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
-        query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
-        DF, F, BDF, BF, ACT,
-    )  # fmt: skip
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
         key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
     )
@@ -141,13 +137,6 @@ def dq_kernel(
         decay += row64 * decay_b + start * decay_t + kv_head * decay_h
     place = pid.to(tl.int64) * kv_heads + kv_head
     S, z, m = load_memory(state_kv, state_k, state_m, place, s > 0 if FIRST_EMPTY else s >= 0, F, V, BF, BV, KLOG)
-    if dweight is not None:
-        P: tl.constexpr = F // 2 if ACT == MIRRORED else F
-        BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF
-        dw = tl.zeros([BDF, BP], tl.float32)
-        dw1 = tl.zeros([BDF, BP], tl.float32)
-        dc = tl.zeros([BP], tl.float32)
-        dc1 = tl.zeros([BP], tl.float32)
 
     begin = s * (segment // C)
     end = tl.minimum(begin + segment // C, tl.cdiv(length - GAP, C))
@@ -159,39 +148,17 @@ def dq_kernel(
         there = rows + GAP < length
         xdo = load_rows(do + stat * V, at, H * V, there, V, BV).to(OT)
         row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
-        g = tl.zeros([C], tl.float64)
+        log_row = tl.zeros([C], tl.float32)
+        if TOP:
+            log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
         gate = tl.full([], 0.0, tl.float32)
-        to_end = tl.zeros([C], tl.float32)
-        if DECAY:
-            g, gate64 = gates(decay, first, decay_t, rows < length)
-            gate += gate64.to(tl.float32)
-            to_end = (gate64 - g).to(tl.float32)
 
         # The memory: all earlier chunks.
-        relative = tl.zeros([C], tl.float32)
-        if TOP:
-            log_q = tl.zeros([C], tl.float32)
-            if FIRST:
-                xq = load_rows(qf, at, qf_t, there, DF, BDF)
-                phi_q, log_q = features(
-                    xq, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-                )
-            if query_log is not None:
-                log_q = tl.load(column(query_log + stat, at, H, C), mask=there, other=0.0)
-            if far_bias is not None:
-                log_q += tl.load(far_bias + head)
-            if lag is not None:
-                log_q += tl.load(column(lag + key_stat, at, kv_heads, C), mask=there, other=0.0)
-            relative = log_q - tl.load(column(top + stat, at, H, C), mask=there, other=0.0)
         dphi = tl.dot(xdo, S.to(OT), input_precision=PRECISION)
         dphi -= row_delta[:, None] * tl.sum(z, 0)[None, :]
-        if DECAY or TOP:
-            log_m = relative
-            if DECAY:
-                log_m += g.to(tl.float32)
-            if KLOG:
-                log_m += m
-            dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
+        log_m = log_row
+        if KLOG:
+            log_m += m
 
         # This chunk, token by token; then it joins the memory.
         if KEYS:
@@ -209,47 +176,61 @@ def dq_kernel(
             if SINKS > 0 and not (KLOG or DECAY):
                 phi_k = tl.where(counts[:, None], phi_k, 0.0)
             phi_k = phi_k.to(OT)
+            g = tl.zeros([C], tl.float32)
+            g_low = g
+            to_end = g
+            if DECAY:
+                g, g_low, to_end, gate64 = gates(decay, first, decay_t, valid)
+                gate += gate64.to(tl.float32)
+            if KLOG:
+                to_end += log_k
+            weighed, keep, m = weigh(m, phi_k, to_end, counts, gate, KLOG, DECAY, OT)
             e = tl.dot(xdo, tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
             seen = local[:, None] >= local[None, :]
             if SINKS > 0:
                 seen = seen & counts[None, :]
-            if DECAY or TOP:
-                log_w = differences(g) if DECAY else tl.zeros([C, C], tl.float32)
-                if KLOG:
-                    log_w += log_k[None, :]
-                    to_end += log_k
-                log_w = tl.minimum(log_w + relative[:, None], LARGEST_EXPONENT)
+            if KLOG:
+                log_w = differences(g, g_low) if DECAY else tl.zeros([C, C], tl.float32)
+                log_w = tl.minimum(log_w + log_k[None, :] + log_row[:, None], LARGEST_EXPONENT)
                 e = e * exp(tl.where(seen, log_w, EMPTY))
+                dphi = dphi * exp(tl.minimum(log_m + g, LARGEST_EXPONENT))[:, None]
+                dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
+            elif DECAY:
+                if gate > -MILD:  # everything relative to the end of the chunk
+                    e = tl.where(seen, e, 0.0)
+                    dphi = tl.dot(e.to(OT), weighed, dphi * keep, input_precision=PRECISION)
+                    log_row += g - gate
+                else:
+                    e = e * exp(tl.where(seen, differences(g, g_low), EMPTY))
+                    dphi = tl.dot(e.to(OT), phi_k, dphi * exp(g)[:, None], input_precision=PRECISION)
+                dphi = dphi * exp(tl.minimum(log_row, LARGEST_EXPONENT))[:, None]
             else:
                 e = tl.where(seen, e, 0.0)
-            dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
-            S, z, m = fold_chunk(
-                S, z, m, phi_k, xv, to_end, counts, counts.to(tl.float32), gate, KLOG, DECAY, True, OT, PRECISION
-            )
+                dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
+                if TOP:
+                    dphi = dphi * exp(tl.minimum(log_row, LARGEST_EXPONENT))[:, None]
+            S, z = join(S, z, weighed, xv, counts.to(tl.float32), keep, KLOG or DECAY, True, OT, PRECISION)
+        elif TOP:
+            dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
 
-        if not FIRST:
-            xq = load_rows(qf, at, qf_t, there, DF, BDF)
-            phi_q, _ = features(
-                xq, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-            )
         if dlog is not None:
-            tl.store(column(dlog + stat, at, H, C), tl.sum(phi_q * dphi, 1), mask=there)
-        dx, dz, dz1 = features_backward(
-            xq, phi_q, dphi, qw0, qw1, ql0, ql1, qc0, qc1, norm, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-        )
-        if dweight is not None:
-            xt = tl.trans(xq.to(OT))
-            dw = tl.dot(xt, dz.to(OT), dw, input_precision=PRECISION)
-            if BIAS:
-                dc += tl.sum(dz, 0)
-            if ACT == PRODUCT:
-                dw1 = tl.dot(xt, dz1.to(OT), dw1, input_precision=PRECISION)
-                if BIAS:
-                    dc1 += tl.sum(dz1, 0)
-        store_rows(dq + stat * DF, at, H * DF, there, dx, DF, BDF)
+            xq = load_rows(qf + row64 * qf_b + start * qf_t + head * qf_h, at, qf_t, there, F, BF)
+            tl.store(column(dlog + stat, at, H, C), tl.sum(xq.to(tl.float32) * dphi, 1), mask=there)
+        store_rows(dphi_q + stat * F, at, H * F, there, dphi, F, BF)
 
-    if dweight is not None:
-        store_map_gradient(dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * H + head, DF, P, BDF, BP, BIAS, ACT)
+
+@triton.jit
+def pair_weights(
+    g, g_low, log_k, log_row, seen, KLOG: tl.constexpr, DECAY: tl.constexpr
+):  # fmt: skip
+    """Weights ``[keys, queries]`` of a chunk's pairs, each by itself."""
+    if DECAY:
+        exponent = log_row[None, :] - differences(g, g_low)
+    else:
+        exponent = tl.zeros([g.shape[0], g.shape[0]], tl.float32) + log_row[None, :]
+    if KLOG:
+        exponent += log_k[:, None]
+    return exp(tl.where(seen, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
 
 
 @triton.jit
@@ -258,12 +239,12 @@ def dkv_kernel(
     qf, qf_b, qf_t: tl.constexpr, qf_h,
     kf, kf_b, kf_t: tl.constexpr, kf_h,
     query_weight, key_weight, query_low, key_low, query_map_heads, key_map_heads, query_bias, key_bias,
-    query_log, key_log, far_bias, lag,
+    key_log,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, top, delta,
-    dk, dv, dlog, dweight, dbias,
+    do, relative, delta,
+    dphi_k, dv, dlog,
     norm, constant, T, segments, segment,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -281,13 +262,15 @@ def dkv_kernel(
     ACT: tl.constexpr,
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
+    MILD: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The far part's gradients of keys, values, the key map and the keys' log-scales. Tiles are ``[keys, queries]``.
+    """The far part's gradients of the keys' features ``[B, T, Hkv, F]`` and log-scales, and of the values.
 
-    Without QUERIES the state is all that reads the keys: it holds the gradient of a final memory.
+    Tiles are ``[keys, queries]``. Without QUERIES the state is all that reads the keys: it holds the gradient of a
+    final memory.
     """
     kv_head = tl.program_id(0)
     pid = tl.program_id(1)
@@ -299,6 +282,7 @@ def dkv_kernel(
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
     LOW: tl.constexpr = key_low is not None
+    FACTORED: tl.constexpr = QUERIES and not KLOG  # a pair's weight is one of the key times one of the query
     key_stat = origin * kv_heads + kv_head
 
     v += row64 * v_b + start * v_t + kv_head * v_h
@@ -320,13 +304,6 @@ def dkv_kernel(
     R, z, m = load_memory(
         state_kv, state_k, state_m, place, s < segments - 1 if LAST_EMPTY else s >= 0, F, V, BF, BV, TOP
     )
-    if dweight is not None:
-        P: tl.constexpr = F // 2 if ACT == MIRRORED else F
-        BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF
-        dw = tl.zeros([BDF, BP], tl.float32)
-        dw1 = tl.zeros([BDF, BP], tl.float32)
-        dc = tl.zeros([BP], tl.float32)
-        dc1 = tl.zeros([BP], tl.float32)
 
     begin = s * (segment // C)
     end = tl.minimum(begin + segment // C, tl.cdiv(length, C))
@@ -338,13 +315,14 @@ def dkv_kernel(
         counts = valid
         if SINKS > 0:
             counts = valid & (base + rows >= SINKS)
-        g = tl.zeros([C], tl.float64)
+        g = tl.zeros([C], tl.float32)
+        g_low = g
+        to_end = g
         gate = tl.full([], 0.0, tl.float32)
-        to_end = tl.zeros([C], tl.float32)
         if DECAY:
-            g, gate64 = gates(decay, first, decay_t, valid)
+            g, g_low, to_end, gate64 = gates(decay, first, decay_t, valid)
             gate += gate64.to(tl.float32)
-            to_end = (gate64 - g).to(tl.float32)
+        mild = gate > -MILD
 
         # The memory: all queries of later chunks.
         xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
@@ -354,18 +332,20 @@ def dkv_kernel(
         )
         if key_log is not None:
             log_k = tl.load(column(key_log + key_stat, first, kv_heads, C), mask=valid, other=0.0)
-        phi_kt = phi_k.to(OT)
+        phi_k = phi_k.to(OT)
         low = R.to(OT)
-        dxv = tl.dot(phi_kt, tl.trans(low), input_precision=PRECISION)
+        dxv = tl.dot(phi_k, tl.trans(low), input_precision=PRECISION)
         dphi = tl.dot(xv, low, input_precision=PRECISION)
-        dphi += counts.to(tl.float32)[:, None] * tl.sum(z, 0)[None, :]
-        if SINKS > 0 or DECAY or TOP:
+        dphi += tl.sum(z, 0)[None, :]
+        if not FACTORED or DECAY:
             log_m = to_end
             if TOP:
                 log_m += m
             if KLOG:
                 log_m += log_k
             factor = exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
+            if FACTORED:
+                factor = tl.where(mild, 1.0, factor)
             dxv = dxv * factor[:, None]
             dphi = dphi * factor[:, None]
 
@@ -374,8 +354,6 @@ def dkv_kernel(
             at = first + GAP
             there = rows + GAP < length
             seen = local[None, :] >= local[:, None]
-            if SINKS > 0:
-                seen = seen & counts[:, None]
             for group in range(G):
                 head = kv_head * G + group
                 stat = origin * H + head
@@ -387,46 +365,55 @@ def dkv_kernel(
                         query_map_heads, DF, F, BDF, BF, ACT,
                     )  # fmt: skip
                 xq = load_rows(qf + head * qf_h, at, qf_t, there, DF, BDF)
-                phi_q, log_q = features(
+                phi_q, _ = features(
                     xq, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
                 )
                 phi_q = phi_q.to(OT)
-                relative = tl.zeros([C], tl.float32)
+                log_row = tl.zeros([C], tl.float32)
                 weighs = there
                 if TOP:
-                    row_top = tl.load(column(top + stat, at, H, C), mask=there, other=EMPTY)
-                    weighs = row_top > EMPTY / 4
-                    if query_log is not None:
-                        log_q = tl.load(column(query_log + stat, at, H, C), mask=there, other=0.0)
-                    if far_bias is not None:
-                        log_q += tl.load(far_bias + head)
-                    if lag is not None:
-                        log_q += tl.load(column(lag + key_stat, at, kv_heads, C), mask=there, other=0.0)
-                    relative = tl.where(weighs, log_q - row_top, 0.0)
-                kernel = tl.dot(phi_kt, tl.trans(phi_q), input_precision=PRECISION)
+                    log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
+                    weighs = log_row > EMPTY / 4
+                joined = gate
+                if G > 1:
+                    joined = tl.where(group == 0, gate, 0.0)
+                weighed, keep, m = weigh(m, phi_q, g + log_row, weighs, joined, TOP, DECAY, OT)
                 e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
-                if DECAY or TOP:
-                    exponent = relative[None, :]
-                    if DECAY:
-                        exponent -= differences(g)
-                    if KLOG:
-                        exponent += log_k[:, None]
-                    weight = exp(tl.where(seen, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
+                pairs = seen & counts[:, None] if SINKS > 0 else seen
+                if FACTORED and (TOP or DECAY):
+                    scale = tl.where(mild, keep, 1.0) if DECAY else keep
+                    dxv = dxv * scale
+                    dphi = dphi * scale
+                # Where a pair's weight has no factors within the range of numbers, it is computed by itself.
+                paired = weighed
+                if not FACTORED:
+                    paired = phi_q
+                elif DECAY:
+                    paired = tl.where(mild, weighed, phi_q)
+                kernel = tl.dot(phi_k, tl.trans(paired), input_precision=PRECISION)
+                if not FACTORED:
+                    weight = pair_weights(g, g_low, log_k, log_row, pairs, KLOG, DECAY)
                     kernel = kernel * weight
                     e = e * weight
                 else:
                     kernel = tl.where(seen, kernel, 0.0)
                     e = tl.where(seen, e, 0.0)
+                    if DECAY:
+                        if not mild:
+                            kernel = kernel * pair_weights(g, g_low, log_k, log_row, pairs, KLOG, DECAY)
+                            e = e * pair_weights(g, g_low, log_k, log_row, pairs, KLOG, DECAY)
                 dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
-                dphi = tl.dot(e.to(OT), phi_q, dphi, input_precision=PRECISION)
+                dphi = tl.dot(e.to(OT), paired, dphi, input_precision=PRECISION)
+                R, z = join(R, z, weighed, xdo, -row_delta, keep, TOP or DECAY, False, OT, PRECISION)
+            if FACTORED and (TOP or DECAY or SINKS > 0):
+                log_m = -g
+                if TOP:
+                    log_m += m
+                factor = exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
                 if DECAY:
-                    joined = tl.where(group == 0, gate, 0.0)
-                else:
-                    joined = 0.0
-                R, z, m = fold_chunk(
-                    R, z, m, phi_q, xdo, g.to(tl.float32) + relative, weighs, -row_delta, joined,
-                    TOP, DECAY, False, OT, PRECISION,
-                )  # fmt: skip
+                    factor = tl.where(mild, factor, 1.0)
+                dxv = dxv * factor[:, None]
+                dphi = dphi * factor[:, None]
         elif DECAY:
             # What reads an earlier chunk stands further from it by this chunk's gates.
             if TOP:
@@ -437,12 +424,63 @@ def dkv_kernel(
 
         store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
         if dlog is not None:
-            tl.store(column(dlog + key_stat, first, kv_heads, C), tl.sum(phi_kt * dphi, 1), mask=valid)
-        dx, dz, dz1 = features_backward(
-            xk, phi_kt.to(tl.float32), dphi, kw0, kw1, kl0, kl1, kc0, kc1, norm, ACT, PROJECT, LOW, BIAS, OT, PRECISION
+            tl.store(column(dlog + key_stat, first, kv_heads, C), tl.sum(phi_k * dphi, 1), mask=valid)
+        store_rows(dphi_k + key_stat * F, first, kv_heads * F, valid, dphi, F, BF)
+
+
+@triton.jit
+def map_kernel(
+    x, x_b, x_t: tl.constexpr, x_h,
+    dphi, weight, low, map_heads, bias,
+    dx, dlog, dweight, dbias,
+    norm, T, spans, span,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    OT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Back through the feature map, from the gradient of features ``[B, T, H, F]`` to those of its input and weights.
+
+    One program takes ``span`` tokens of one head; it writes its share of the gradient of the weights.
+    """
+    head = tl.program_id(0)
+    pid = tl.program_id(1)
+    batch = (pid // spans).to(tl.int64)
+    begin = pid % spans * span
+    end = tl.minimum(begin + span, T)
+    PROJECT: tl.constexpr = weight is not None
+    BIAS: tl.constexpr = bias is not None
+    LOW: tl.constexpr = low is not None
+    stat = batch * T * H + head
+    x += batch * x_b + head * x_h
+    w0, w1, l0, l1, c0, c1 = load_map(
+        weight, low, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT
+    )
+    if dweight is not None:
+        P: tl.constexpr = F // 2 if ACT == MIRRORED else F
+        BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF
+        dw = tl.zeros([BD, BP], tl.float32)
+        dw1 = tl.zeros([BD, BP], tl.float32)
+        dc = tl.zeros([BP], tl.float32)
+        dc1 = tl.zeros([BP], tl.float32)
+    for i in range(0, tl.cdiv(end - begin, C)):
+        first = begin + i * C
+        valid = first + tl.arange(0, C) < end
+        xs = load_rows(x, first, x_t, valid, D, BD)
+        d = load_rows(dphi + stat * F, first, H * F, valid, F, BF).to(tl.float32)
+        phi, _ = features(xs, w0, w1, l0, l1, c0, c1, norm, 0.0, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+        if dlog is not None:
+            tl.store(column(dlog + stat, first, H, C), tl.sum(phi * d, 1), mask=valid)
+        dxs, dz, dz1 = features_backward(
+            xs, phi, d, w0, w1, l0, l1, c0, c1, norm, ACT, PROJECT, LOW, BIAS, OT, PRECISION
         )
         if dweight is not None:
-            xt = tl.trans(xk.to(OT))
+            xt = tl.trans(xs.to(OT))
             dw = tl.dot(xt, dz.to(OT), dw, input_precision=PRECISION)
             if BIAS:
                 dc += tl.sum(dz, 0)
@@ -450,37 +488,51 @@ def dkv_kernel(
                 dw1 = tl.dot(xt, dz1.to(OT), dw1, input_precision=PRECISION)
                 if BIAS:
                     dc1 += tl.sum(dz1, 0)
-        store_rows(dk + key_stat * DF, first, kv_heads * DF, valid, dx, DF, BDF)
-
+        store_rows(dx + stat * D, first, H * D, valid, dxs, D, BD)
     if dweight is not None:
-        store_map_gradient(
-            dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * kv_heads + kv_head, DF, P, BDF, BP, BIAS, ACT
-        )
+        store_map_gradient(dw, dw1, dc, dc1, dweight, dbias, pid.to(tl.int64) * H + head, D, P, BD, BP, BIAS, ACT)
+
+
+@triton.jit
+def load_terms(
+    d, minus, first, row, start, length, head, T, heads, G: tl.constexpr, BLOCK: tl.constexpr, PLUS: tl.constexpr
+):  # fmt: skip
+    """``d`` summed over its G heads less ``minus``, of BLOCK tokens from ``first``, and where they are."""
+    at = first + tl.arange(0, BLOCK)
+    valid = at < length
+    slots = row * T + start + at.to(tl.int64)
+    x = tl.zeros([BLOCK], tl.float32)
+    if PLUS:
+        for g in tl.static_range(G):
+            x += tl.load(d + (slots * heads + head) * G + g, mask=valid, other=0.0)
+    x -= tl.load(minus + slots * heads + head, mask=valid, other=0.0)
+    return x.to(tl.float64), slots, valid
 
 
 @triton.jit
 def suffix_kernel(
-    d, minus, out, lengths, starts, T, heads,
-    G: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, MINUS: tl.constexpr,
+    d, minus, sums, out, lengths, starts, T, blocks, heads,
+    G: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr, PLUS: tl.constexpr,
 ):  # fmt: skip
-    """Σ from each token to its sequence's end of ``d [B, T, heads · G]`` (summed over G) − ``minus [B, T, heads]``."""
+    """Σ from each token to its sequence's end of ``d [B, T, heads · G]`` (summed over G) − ``minus [B, T, heads]``.
+
+    Without PLUS ``d`` counts as zero. One program takes one block of tokens: first, without ``out``, for its total in
+    ``sums``; then with the totals of all later blocks.
+    """
     head = tl.program_id(0)
-    n = tl.program_id(1)
+    n = tl.program_id(1) // blocks
+    block = tl.program_id(1) % blocks
     row = n.to(tl.int64) * 0 if PACKED else n.to(tl.int64)
     start = tl.load(starts + n) if PACKED else row * 0
     length = (n * 0 + T).to(tl.int32) if lengths is None else tl.load(lengths + n).to(tl.int32)
-    total = tl.full([], 0.0, tl.float64)
-    blocks = tl.cdiv(length, BLOCK)
-    for i in range(0, blocks):
-        at = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        valid = at < length
-        slots = row * T + start + at.to(tl.int64)
-        x = tl.zeros([BLOCK], tl.float32)
-        for g in tl.static_range(G):
-            x += tl.load(d + (slots * heads + head) * G + g, mask=valid, other=0.0)
-        if MINUS:
-            x -= tl.load(minus + slots * heads + head, mask=valid, other=0.0)
-        wide = x.to(tl.float64)
-        block = tl.sum(wide, 0)
-        tl.store(out + slots * heads + head, (total + block - tl.cumsum(wide, 0) + wide).to(tl.float32), mask=valid)
-        total += block
+    x, slots, valid = load_terms(d, minus, block * BLOCK, row, start, length, head, T, heads, G, BLOCK, PLUS)
+    total = tl.sum(x, 0)
+    sums += (n * blocks).to(tl.int64) * heads + head
+    if out is None:
+        tl.store(sums + block * heads, total)
+    else:
+        for first in range(0, blocks, BLOCKS):
+            at = first + tl.arange(0, BLOCKS)
+            later = (at > block) & (at < blocks)
+            total += tl.sum(tl.load(sums + at * heads, mask=later, other=0.0), 0)
+        tl.store(out + slots * heads + head, (total - tl.cumsum(x, 0) + x).to(tl.float32), mask=valid)

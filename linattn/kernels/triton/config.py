@@ -44,7 +44,8 @@ class Config(NamedTuple):
     """Tuning parameters of one call's launches.
 
     Attributes:
-        chunk: tokens of a chunk in the forward and backward kernels. fold_chunk: in the segment sums.
+        chunk: tokens of a chunk in the forward pass, in dq and in the window. fold_chunk: in the segment sums.
+            dkv_chunk: in dkv.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -53,6 +54,7 @@ class Config(NamedTuple):
 
     chunk: int = 64
     fold_chunk: int = 64
+    dkv_chunk: int = 64
     forward_warps: int = 4
     forward_stages: int = 2
     fold_warps: int = 4
@@ -220,7 +222,7 @@ def segment_tokens(length: int, rows: int, c: Config) -> int:
     else:
         wanted = max(1, c.programs // max(rows, 1))
         tokens = max(-(-length // wanted), c.shortest)
-    unit = max(c.chunk, c.fold_chunk)
+    unit = max(c.chunk, c.fold_chunk, c.dkv_chunk)
     return -(-tokens // unit) * unit
 
 
@@ -343,7 +345,7 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
     for name, value in config.items():
         at = f"{where}.config.{name}"
         _known(path, at, name, Config._fields)
-        if name in ("chunk", "fold_chunk"):
+        if name.endswith("chunk"):
             good, expected = value in (16, 32, 64, 128, 256), "16, 32, 64, 128 or 256"
         elif name.endswith("_warps"):
             good, expected = value in (1, 2, 4, 8, 16, 32), "1, 2, 4, 8, 16 or 32"

@@ -315,19 +315,21 @@ def features_backward(
 
 @triton.jit
 def gates(decay, first, stride, valid):
-    """Running log-decay ``[C]`` within the chunk, each token's own gate included, and the chunk's total.
+    """Running log-decay ``[C]`` in the chunk, each token's own gate included, in two terms, and from each to its end.
 
-    float64: differences of later tokens stay exact behind a gate that forgets everything.
+    Summed in float64: differences of later tokens stay exact behind a gate that forgets everything. The chunk's total
+    comes last, in float64.
     """
     g = tl.load(column(decay, first, stride, valid.shape[0]), mask=valid, other=0.0).to(tl.float64)
-    return tl.cumsum(g, 0), tl.sum(g, 0)
+    total = tl.sum(g, 0)
+    g = tl.cumsum(g, 0)
+    high = g.to(tl.float32)
+    return high, (g - high.to(tl.float64)).to(tl.float32), (total - g).to(tl.float32), total
 
 
 @triton.jit
-def differences(g):
-    """g_t − g_i ``[C, C]`` in float32 of float64 sums ``g [C]``, as exact as the difference is small."""
-    high = g.to(tl.float32)
-    low = (g - high.to(tl.float64)).to(tl.float32)
+def differences(high, low):
+    """g_t − g_i ``[C, C]`` of sums ``[C]`` in two terms, as exact as the difference is small."""
     return (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
 
 
@@ -384,30 +386,15 @@ def mass_of(phi, z, OT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def fold_chunk(
-    S,
-    z,
-    m,
-    phi,
-    y,
-    log_weight,
-    counts,
-    z_weight,
-    gate,
-    LOG: tl.constexpr,
-    DECAY: tl.constexpr,
-    WHOLE: tl.constexpr,
-    OT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The memory after one more chunk, which stands nearer to the reader by ``gate``.
+def weigh(
+    m, phi, log_weight, counts, gate, LOG: tl.constexpr, DECAY: tl.constexpr, OT: tl.constexpr
+):  # fmt: skip
+    """Features ``phi [C, BF]`` times exp(log_weight) as they join a memory that moves away by ``gate``.
 
-    S ``[BV, BF]``, z ``[MASS_ROWS, BF]`` relative to exp(m); tokens weigh exp(log_weight), in z times ``z_weight``,
-    which is 0 or 1 if WHOLE. Tokens that do not count have no ``z_weight`` and, without LOG or DECAY, no ``phi`` or no
-    ``y``. S is transposed and the weights go to the features, so that the values reach the tensor cores as they were
-    loaded.
+    Returns them in type ``OT`` relative to the new log-scale, which comes last; between, what the memory is multiplied
+    by. Tokens that do not count weigh nothing, if there is LOG or DECAY.
     """
-    phi = phi.to(OT)
+    keep = 1.0
     if LOG or DECAY:
         keep = exp(gate)
         if LOG:
@@ -416,7 +403,22 @@ def fold_chunk(
             log_weight -= new
             m = new
         weight = exp(tl.where(counts, log_weight, EMPTY))
-        phi = (phi.to(tl.float32) * weight[:, None]).to(OT)
+        phi = phi.to(tl.float32) * weight[:, None]
+    return phi.to(OT), keep, m
+
+
+@triton.jit
+def join(
+    S, z, weighed, y, z_weight, keep,
+    SCALED: tl.constexpr, WHOLE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The memory after one more chunk of weighed features ``[C, BF]`` and values ``y [C, BV]``.
+
+    In z they count ``z_weight`` times, 0 or 1 if WHOLE. Tokens that do not count have no ``z_weight``, and no features
+    or no values. S is transposed and the weights go to the features, so that the values reach the tensor cores as they
+    were loaded.
+    """
+    if SCALED:
         S = S * keep
         z = z * keep
     row = tl.arange(0, MASS_ROWS)[:, None]
@@ -425,9 +427,9 @@ def fold_chunk(
     else:
         high = rounded(z_weight, OT)
         weights = tl.where(row == 0, high[None, :], tl.where(row == 1, (z_weight - high)[None, :], 0.0)).to(OT)
-    z = tl.dot(weights, phi, z, input_precision=PRECISION)
-    S = tl.dot(tl.trans(y.to(OT)), phi, S, input_precision=PRECISION)
-    return S, z, m
+    z = tl.dot(weights, weighed, z, input_precision=PRECISION)
+    S = tl.dot(tl.trans(y.to(OT)), weighed, S, input_precision=PRECISION)
+    return S, z
 
 
 @triton.jit

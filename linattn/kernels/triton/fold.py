@@ -15,11 +15,12 @@ from linattn.kernels.triton.device import (
     empty_memory,
     exp,
     features,
-    fold_chunk,
     gates,
+    join,
     load_map,
     load_rows,
     locate,
+    weigh,
 )
 
 
@@ -28,7 +29,7 @@ def fold_kernel(
     x, x_b, x_t: tl.constexpr, x_h,
     y, y_b, y_t: tl.constexpr, y_h,
     weight, low, map_heads, bias,
-    log_scale, far_bias, lag, top, delta,
+    log_scale, relative, delta,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     starts, lengths, bases, seg_sequence, seg_first,
     out_kv, out_k, out_m, out_g,
@@ -47,7 +48,6 @@ def fold_kernel(
     SINKS: tl.constexpr,
     ACT: tl.constexpr,
     LOG: tl.constexpr,
-    TOP: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
@@ -91,10 +91,10 @@ def fold_kernel(
         valid = (rows < end) & (rows + GAP < length)
         counts = valid & (base + rows >= SINKS)
         if DECAY:
-            g, gate64 = gates(decay + head * decay_h, first, decay_t, rows < end)
+            g, _, to_end, gate64 = gates(decay + head * decay_h, first, decay_t, rows < end)
             total += gate64
             gate = gate64.to(tl.float32)
-            along = g.to(tl.float32) if REVERSE else (gate64 - g).to(tl.float32)
+            along = g if REVERSE else to_end
         else:
             gate = tl.full([], 0.0, tl.float32)
             along = tl.zeros([C], tl.float32)
@@ -113,26 +113,19 @@ def fold_kernel(
             if log_scale is not None:
                 logs = tl.load(column(log_scale + stat, at_x, H, C), mask=valid, other=0.0)
             log_weight = along
+            step = gate
             if REVERSE:
                 z_weight = -tl.load(column(delta + stat, at_x, H, C), mask=valid, other=0.0)
-                if TOP:
-                    row_top = tl.load(column(top + stat, at_x, H, C), mask=valid, other=EMPTY)
-                    counts = row_top > EMPTY / 4
-                    if far_bias is not None:
-                        logs += tl.load(far_bias + hx)
-                    if lag is not None:
-                        key_stat = origin * kv_heads + head
-                        logs += tl.load(column(lag + key_stat, at_x, kv_heads, C), mask=valid, other=0.0)
-                    log_weight += logs - row_top
+                if LOG:
+                    log_weight += tl.load(column(relative + stat, at_x, H, C), mask=valid, other=EMPTY)
+                    counts = log_weight > EMPTY / 4
                 step = tl.where(group == 0, gate, 0.0)
             else:
                 z_weight = counts.to(tl.float32)
                 if LOG:
                     log_weight += logs
-                step = gate
-            S, z, m = fold_chunk(
-                S, z, m, phi, ys, log_weight, counts, z_weight, step, LOG, DECAY, not REVERSE, OT, PRECISION
-            )
+            weighed, keep, m = weigh(m, phi, log_weight, counts, step, LOG, DECAY, OT)
+            S, z = join(S, z, weighed, ys, z_weight, keep, LOG or DECAY, not REVERSE, OT, PRECISION)
     f = tl.arange(0, BF)
     v = tl.arange(0, BV)
     place = pid.to(tl.int64) * kv_heads + head

@@ -15,8 +15,8 @@ from linattn.kernels.triton.device import (
     differences,
     exp,
     features,
-    fold_chunk,
     gates,
+    join,
     load_map,
     load_memory,
     load_rows,
@@ -26,6 +26,7 @@ from linattn.kernels.triton.device import (
     rounded,
     store_output,
     store_rows,
+    weigh,
 )
 
 LEAST_MASS = tl.constexpr(1e-34)
@@ -42,8 +43,8 @@ def attend_kernel(
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    out_num, out_mass, out_log,
-    out, residual, out_top, out_rden,
+    out_num, out_mass, out_log, out_far,
+    out, residual, out_top, out_rden, out_relative,
     norm, constant, T, segments, segment,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -60,13 +61,15 @@ def attend_kernel(
     FIRST_EMPTY: tl.constexpr,
     ACT: tl.constexpr,
     KLOG: tl.constexpr,
+    MILD: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and normaliser or, if there is ``out_num``, sums, mass and log-scale of the far part alone.
+    """Output and normaliser or, if there is ``out_num``, sums, mass and log-scales of the far part alone.
 
-    ``lag [B, T, Hkv]``: each query's log-decay over the GAP tokens behind it.
+    ``lag [B, T, Hkv]``: each query's log-decay over the GAP tokens behind it. ``out_log`` is the queries' own
+    log-scale, ``out_far`` that of their sums beside it.
     """
     head = tl.program_id(0)
     pid = tl.program_id(1)
@@ -106,7 +109,8 @@ def attend_kernel(
         rows = first + local
         at = first + GAP  # its queries
         there = rows + GAP < length
-        g = tl.zeros([C], tl.float64)
+        g = tl.zeros([C], tl.float32)
+        g_low = g
         gate = tl.full([], 0.0, tl.float32)
         to_end = tl.zeros([C], tl.float32)
 
@@ -127,9 +131,8 @@ def attend_kernel(
                 phi_k = tl.where(counts[:, None], phi_k, 0.0)
             phi_k = phi_k.to(OT)
             if DECAY:
-                g, gate64 = gates(decay, first, decay_t, valid)
+                g, g_low, to_end, gate64 = gates(decay, first, decay_t, valid)
                 gate += gate64.to(tl.float32)
-                to_end = (gate64 - g).to(tl.float32)
             if KLOG:
                 to_end += log_k
 
@@ -141,69 +144,73 @@ def attend_kernel(
         phi_q = phi_q.to(OT)
         num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
         mass = mass_of(phi_q, z, OT, PRECISION)
-        top = tl.zeros([C], tl.float32)
+        far = tl.zeros([C], tl.float32)
         if KLOG:
-            top += m
-        if DECAY:
-            since = g.to(tl.float32)
-            if KLOG:
-                top += since
-            else:
-                num = num * exp(since)[:, None]
-                mass = mass * exp(since)
+            far += m
 
         # This chunk, token by token; then it joins the memory.
         if KEYS:
-            kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
+            weighed, keep, m = weigh(m, phi_k, to_end, counts, gate, KLOG, DECAY, OT)
             seen = local[:, None] >= local[None, :]
             if SINKS > 0:
                 seen = seen & counts[None, :]
-            if KLOG or DECAY:
-                log_w = differences(g) if DECAY else tl.zeros([C, C], tl.float32)
-                if KLOG:
-                    log_w = tl.where(seen, log_w + log_k[None, :], EMPTY)
-                    new = tl.maximum(tl.maximum(top, tl.max(log_w, 1)), EMPTY / 2)
-                    keep = exp(top - new)
-                    num = num * keep[:, None]
-                    mass = mass * keep
-                    top = new
-                    kernel = kernel * exp(log_w - new[:, None])
+            if KLOG:
+                far += g
+                log_w = differences(g, g_low) if DECAY else tl.zeros([C, C], tl.float32)
+                log_w = tl.where(seen, log_w + log_k[None, :], EMPTY)
+                new = tl.maximum(tl.maximum(far, tl.max(log_w, 1)), EMPTY / 2)
+                scale = exp(far - new)
+                far = new
+                kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION) * exp(log_w - new[:, None])
+            elif DECAY:
+                if gate > -MILD:  # everything relative to the end of the chunk
+                    kernel = tl.dot(phi_q, tl.trans(weighed), input_precision=PRECISION)
+                    kernel = tl.where(seen, kernel, 0.0)
+                    scale = tl.zeros([C], tl.float32) + keep
+                    far += g - gate
                 else:
-                    kernel = kernel * exp(tl.where(seen, log_w, EMPTY))
+                    kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
+                    kernel = kernel * exp(tl.where(seen, differences(g, g_low), EMPTY))
+                    scale = exp(g)
             else:
+                kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
                 kernel = tl.where(seen, kernel, 0.0)
             # The normaliser sums what the products see, so that equal values average to themselves.
             kernel = rounded(kernel, OT)
+            if KLOG or DECAY:
+                num = num * scale[:, None]
+                mass = mass * scale
             mass += tl.sum(kernel, 1)
             num = tl.dot(kernel.to(OT), xv, num, input_precision=PRECISION)
-            S, z, m = fold_chunk(
-                S, z, m, phi_k, xv, to_end, counts, counts.to(tl.float32), gate, KLOG, DECAY, True, OT, PRECISION
-            )
+            S, z = join(S, z, weighed, xv, counts.to(tl.float32), keep, KLOG or DECAY, True, OT, PRECISION)
 
-        log_far = top
         if query_log is not None:
             log_q = tl.load(column(query_log + stat, at, H, C), mask=there, other=0.0)
-        if KLOG or query_log is not None:
-            log_far += log_q
         if far_bias is not None:
-            log_far += tl.load(far_bias + head)
+            log_q += tl.load(far_bias + head)
         if lag is not None:
-            log_far += tl.load(column(lag + key_stat, at, kv_heads, C), mask=there, other=0.0)
+            log_q += tl.load(column(lag + key_stat, at, kv_heads, C), mask=there, other=0.0)
         if PARTIAL:
             tl.store(column(out_mass + stat, at, H, C), mass, mask=there)
-            tl.store(column(out_log + stat, at, H, C), log_far, mask=there)
+            tl.store(column(out_log + stat, at, H, C), log_q, mask=there)
+            if KLOG or DECAY:
+                tl.store(column(out_far + stat, at, H, C), far, mask=there)
             store_rows(out_num + stat * V, at, H * V, there, num, V, BV)
         else:
             if KLOG:
                 nothing = tl.zeros([C], tl.float32)
                 num, top, rden = normalise(
-                    tl.zeros([C, BV], tl.float32), nothing, nothing + EMPTY, num, mass, log_far, 0.0, True, False
+                    tl.zeros([C, BV], tl.float32), nothing, nothing + EMPTY, num, mass, log_q + far, 0.0, True, False
                 )
+                relative = tl.where(rden == 0, EMPTY, log_q - top)
                 tl.store(column(out_top + stat, at, H, C), top, mask=there)
+                tl.store(column(out_relative + stat, at, H, C), relative, mask=there)
             else:
                 weighs = tl.abs(mass) > LEAST_MASS
                 rden = tl.where(weighs, 1.0 / tl.where(weighs, mass, 1.0), 0.0)
                 num = num * rden[:, None]
+                if DECAY:
+                    rden = rden * exp(-far)
             tl.store(column(out_rden + stat, at, H, C), rden, mask=there)
             store_output(
                 out + stat * V, None if residual is None else residual + stat * V, at, H * V, there, num, V, BV

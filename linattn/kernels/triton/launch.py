@@ -91,12 +91,15 @@ class Stats(NamedTuple):
 
     Attributes:
         top: ``[B, T, H]`` float32 log-scale of each row's weights; ``[0]`` where it is zero throughout.
+        relative: ``[B, T, H]`` float32 log-scale of each query's far weights less top, −1e30 in rows without weight;
+            ``[0]`` where it is zero throughout.
         rden: ``[B, T, H]`` float32, one over the normaliser relative to exp(top); 0 in rows without weight.
         residual: ``[B, T, H, V]`` what rounding took from the output; ``[0]`` in float32.
         kv, k, m: memory before each segment, ``[segments, Hkv, F, V]`` and so on; ``[0]`` where it is the given state.
     """
 
     top: Tensor
+    relative: Tensor
     rden: Tensor
     residual: Tensor
     kv: Tensor
@@ -129,6 +132,12 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 LAG_BLOCK = 256
+SUFFIX_BLOCK = 1024
+MAP_CHUNK = 16 if INTERPRETED else 64
+MAP_PROGRAMS = 1024
+MILD = {True: 60.0, False: 4.0}
+"""Log-decay of a chunk, at most, that factors into one of its keys and one of its queries: by range in bfloat16, by
+precision in float32."""
 FARTHEST = 1 << 22
 """Numbers between two tokens, at most: offsets within a chunk fit 32 bits."""
 
@@ -231,6 +240,7 @@ def _far_dims(s: _Shape, o: Options, keys: bool, dtype: torch.dtype, tf32: bool)
         "SINKS": o.sinks if keys else 0,
         "ACT": ACTIVATIONS[o.activation],
         "KLOG": o.key_log,
+        "MILD": MILD[dtype == torch.bfloat16],
         "PACKED": s.packed,
         **precision(dtype, tf32),
     }
@@ -310,14 +320,14 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
         fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
         source, *strides(source), x.v, *strides(x.v),
         *_weights(x)[1::2], _heads_of(x.key_weight, x.key_bias), x.key_bias,
-        x.key_log, None, None, None, None,
+        x.key_log, None, None,
         x.decay, *strides(x.decay),
         *_tables(x),
         *parts,
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
         BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=0, SKIPPED=skip,
-        SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOG=o.key_log, TOP=False, REVERSE=False, PACKED=s.packed,
+        SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOG=o.key_log, REVERSE=False, PACKED=s.packed,
         num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype, _tf32()),
     )  # fmt: skip
     return parts
@@ -440,38 +450,33 @@ def final_memory_backward(
     shared = x.k_far is None
     k_far = x.k if x.k_far is None else x.k_far
     grads: dict[str, Tensor | None] = {}
-    dx = torch.zeros(s.batch, s.length, s.kv_heads, s.far_dim, dtype=dtype, device=device)
+    given = o.activation == "given"
+    wide = dtype if given or dtype == torch.bfloat16 else torch.float32
+    dphi = torch.zeros(s.batch, s.length, s.kv_heads, o.features, dtype=wide, device=device)
     dv = torch.zeros(s.batch, s.length, s.kv_heads, s.value_dim, dtype=dtype, device=device)
     dlog = torch.zeros(s.batch, s.length, s.kv_heads, **f32) if needs["key_log"] or needs["decay"] else None
     heads = _heads_of(x.key_weight, x.key_bias)
-    dw = dc = None
-    if x.key_weight is not None and (needs["key_weight"] or needs["key_bias"]):
-        parts_of_map = x.key_weight.shape[0]
-        dw = torch.zeros(s.total, s.kv_heads, parts_of_map, *x.key_weight.shape[2:], **f32)
-        dc = (
-            None
-            if x.key_bias is None
-            else torch.zeros(s.total, s.kv_heads, parts_of_map, x.key_weight.shape[-1], **f32)
-        )
+    weights = _weights(x)[1::2]
     dims = _far_dims(s, o, True, dtype, _tf32()) | {"GAP": 0, "H": s.kv_heads, "G": 1}
     launch(
         backward.dkv_kernel, (s.kv_heads, s.total),
         x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
-        *(w for w in _weights(x)[1::2] for _ in range(2)), heads, heads, x.key_bias, x.key_bias,
-        None, x.key_log, None, None,
+        *(w for w in weights for _ in range(2)), heads, heads, x.key_bias, x.key_bias,
+        x.key_log,
         x.decay, *strides(x.decay),
         *memory,
         *_tables(x),
         None, None, None,
-        dx, dv, dlog, dw, dc,
+        dphi, dv, dlog,
         o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, **dims,
+        C=c.dkv_chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, **dims,
         num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
-    grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dx, dv, dlog
-    if dw is not None:
-        grads["key_weight"] = _sum_heads(dw, heads, x.key_weight)
-        grads["key_bias"] = None if dc is None else _sum_heads(dc, heads, x.key_bias)
+    if not given:
+        dphi, grads["key_weight"], grads["key_bias"] = _through_map(
+            k_far, dphi, x.key_weight, x.key_bias, weights, o, None, ("key_weight", "key_bias"), needs
+        )
+    grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dphi, dv, dlog
     begin: Tensor | float = 0.0
     if x.state_kv is not None and x.state_k is not None:
         factor = 1.0 if x.state_m is None or not o.key_log else (total.m + x.state_m).clamp(max=80.0).exp()
@@ -494,19 +499,22 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
     residual = torch.empty(out.shape if rounds else (0,), dtype=dtype, device=device)
     rden = torch.empty(s.batch, s.length, s.heads, dtype=torch.float32, device=device)
     top = torch.empty(rden.shape if s.top else (0,), dtype=torch.float32, device=device)
+    relative = torch.empty(rden.shape if s.top and o.far else (0,), dtype=torch.float32, device=device)
     if x.lengths is not None:  # slots of no sequence
         out.zero_()
         residual.zero_()
         rden.zero_()
         top.zero_()
+        relative.zero_()
     found = memory_before(x, o, c)
     keys, near, tf32 = x.k is not None, is_near(x, o), _tf32()
     k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
-    num = mass = log = None
+    num = mass = log = far = None
     if o.far:
         if near:
             num = torch.empty(out.shape, dtype=torch.float32, device=device)
             mass, log = torch.empty_like(rden), torch.empty_like(rden)
+            far = torch.empty_like(rden) if o.key_log or x.decay is not None else None
         q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
         launch(
             forward.attend_kernel, (s.heads, s.total),
@@ -517,8 +525,8 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             x.decay, *strides(x.decay),
             *_memory_before(x, o, s, found),
             *_tables(x),
-            num, mass, log,
-            out, residual if rounds else None, top, rden,
+            num, mass, log, far,
+            out, residual if rounds else None, top, rden, relative,
             o.norm, o.constant, s.length, s.segments, o.segment,
             C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), **_far_dims(s, o, keys, dtype, tf32),
             num_warps=c.forward_warps, num_stages=c.forward_stages,
@@ -529,14 +537,14 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             window.near_kernel, (s.heads * s.total * (o.segment // chunk),),
             x.q, *strides(x.q), k, *strides(k), v, *strides(v),
             x.sink_k, x.sink_v, x.sink_logits,
-            num, mass, log,
+            num, mass, log, far,
             *_tables(x),
-            out, residual if rounds else None, top, rden,
+            out, residual if rounds else None, top, rden, relative,
             o.scale, o.softcap, s.length, s.segments, o.segment,
             SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap_of(o) if keys else 0, TOP=s.top,
             **_near_dims(s, o, chunk, dtype, tf32),
         )  # fmt: skip
-    return out, Stats(top, rden, residual, *found)
+    return out, Stats(top, relative, rden, residual, *found)
 
 
 def attend_backward(
@@ -566,10 +574,9 @@ def attend_backward(
     q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
     query_heads, key_heads = _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias)
     weights = _weights(x)
-    tf32, gap = _tf32(), gap_of(o) if keys else 0
+    near, tf32, gap = is_near(x, o), _tf32(), gap_of(o) if keys else 0
     chunk = near_chunk(c)
     chunks = s.total * (o.segment // chunk)
-    lag = _lag(x, o, s) if o.far else None
     far_dims = _far_dims(s, o, keys, dtype, tf32)
     near_dims = _near_dims(s, o, chunk, dtype, tf32)
     zeroed = x.lengths is not None
@@ -578,36 +585,46 @@ def attend_backward(
         """Zeros where the kernels do not write every slot, or only those of far queries (``partly``)."""
         return (torch.zeros if zeroed or (partly and gap) else torch.empty)(shape, dtype=dtype, device=device)
 
-    # Queries.
+    # Queries. Features get their gradient first, then what they were computed from.
     exact = o.window > 0 or o.sinks > 0 or not o.far  # the window's kernels add to what the far part left
-    dq = make(s.batch, s.length, s.heads, s.head_dim, partly=not exact) if shared or exact else None
-    dq_far = None if shared or not o.far else make(s.batch, s.length, s.heads, s.far_dim, partly=True)
-    wants_log = o.far and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias"))
-    dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True) if wants_log else None
-    parts = 2 if o.activation == "product" else 1
-
-    def share(weight: Tensor | None, bias: Tensor | None, names: tuple[str, str], heads: int) -> tuple[Any, Any]:
-        if weight is None or not (needs[names[0]] or needs[names[1]]):
-            return None, None
-        dw = make(s.total, heads, parts, *weight.shape[2:], dtype=torch.float32)
-        return dw, None if bias is None else make(s.total, heads, parts, weight.shape[-1], dtype=torch.float32)
-
-    dwq, dcq = share(x.query_weight, x.query_bias, ("query_weight", "query_bias"), s.heads)
+    given = o.activation == "given"
+    relative = stats.relative if s.top else None
+    wide = dtype if dtype == torch.bfloat16 else torch.float32
+    dq = dq_far = dlog_q = None
     if o.far:
+        # Without exact part the log-scales of queries cancel in the normaliser.
+        if near and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias")):
+            dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True)
+        dphi = make(s.batch, s.length, s.heads, o.features, dtype=dtype if given else wide, partly=True)
         launch(
             backward.dq_kernel, (s.heads, s.total),
             v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-            *weights, query_heads, key_heads, x.query_bias, x.key_bias,
-            x.query_log, x.key_log, x.far_bias, lag,
+            *weights[1::2], key_heads, x.key_bias,
+            x.key_log,
             x.decay, *strides(x.decay),
             *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
             *_tables(x),
-            scaled, stats.top, delta,
-            dq if shared else dq_far, dlog_q, dwq, dcq,
+            scaled, relative, delta,
+            dphi, dlog_q if given else None,
             o.norm, o.constant, s.length, s.segments, o.segment,
             C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **far_dims,
             num_warps=c.dq_warps, num_stages=c.dq_stages,
         )  # fmt: skip
+        if not given:
+            dphi, grads["query_weight"], grads["query_bias"] = _through_map(
+                q_far,
+                dphi,
+                x.query_weight,
+                x.query_bias,
+                weights[::2],
+                o,
+                dlog_q,
+                ("query_weight", "query_bias"),
+                needs,
+            )
+        dq, dq_far = (dphi, None) if shared else (None, dphi)
+    if dq is None and exact:
+        dq = make(s.batch, s.length, s.heads, s.head_dim)
     dsink_k = torch.zeros(chunks, s.heads, o.sinks, s.head_dim, **f32) if o.sinks else None
     dsink_v = torch.zeros(chunks, s.heads, o.sinks, s.value_dim, **f32) if o.sinks else None
     if exact:
@@ -626,10 +643,6 @@ def attend_backward(
         assert dsink_k is not None and dsink_v is not None and x.sink_k is not None and x.sink_v is not None
         grads["sink_k"] = _sum_chunks(dsink_k, x, s, x.sink_k)
         grads["sink_v"] = _sum_chunks(dsink_v, x, s, x.sink_v)
-    if dwq is not None:
-        grads["query_weight"] = _sum_heads(dwq, query_heads, x.query_weight)
-        grads["query_bias"] = None if dcq is None else _sum_heads(dcq, query_heads, x.query_bias)
-
     # Keys, with the queries' memory after each segment.
     memory = end = None
     want_state = start_given = x.state_kv is not None and o.far
@@ -641,14 +654,14 @@ def attend_backward(
             fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
             q_far, *strides(q_far), scaled, *strides(scaled),
             *weights[::2], query_heads, x.query_bias,
-            x.query_log, x.far_bias, lag, stats.top, delta,
+            None, relative, delta,
             x.decay, *strides(x.decay),
             *_tables(x),
             *sums,
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
             BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=gap, SKIPPED=skip,
-            SINKS=0, ACT=ACTIVATIONS[o.activation], LOG=s.top, TOP=s.top, REVERSE=True, PACKED=s.packed,
+            SINKS=0, ACT=ACTIVATIONS[o.activation], LOG=s.top, REVERSE=True, PACKED=s.packed,
             num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
         )  # fmt: skip
         memory, end = _scan(sums, None, x, s, log=s.top, reverse=True, end=want_state)
@@ -664,27 +677,33 @@ def attend_backward(
 
     dlog_k = None
     if keys:
-        dk = make(s.batch, s.length, s.kv_heads, s.head_dim) if shared or o.window else None
+        dk = dk_far = None
         dv = make(s.batch, s.length, s.kv_heads, s.value_dim) if o.far or o.window else None
-        dk_far = None if shared or not o.far else make(s.batch, s.length, s.kv_heads, s.far_dim)
-        wants = o.far and (needs["key_log"] or needs["decay"])
-        dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32) if wants else None
-        dwk, dck = share(x.key_weight, x.key_bias, ("key_weight", "key_bias"), s.kv_heads)
         if o.far:
+            if needs["key_log"] or needs["decay"]:
+                dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32)
+            dphi = make(s.batch, s.length, s.kv_heads, o.features, dtype=dtype if given else wide)
             launch(
                 backward.dkv_kernel, (s.kv_heads, s.total),
                 v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
                 *weights, query_heads, key_heads, x.query_bias, x.key_bias,
-                x.query_log, x.key_log, x.far_bias, lag,
+                x.key_log,
                 x.decay, *strides(x.decay),
                 *((None, None, None) if memory is None else memory),
                 *_tables(x),
-                scaled, stats.top, delta,
-                dk if shared else dk_far, dv, dlog_k, dwk, dck,
+                scaled, relative, delta,
+                dphi, dv, dlog_k,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
+                C=c.dkv_chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
                 num_warps=c.dkv_warps, num_stages=c.dkv_stages,
             )  # fmt: skip
+            if not given:
+                dphi, grads["key_weight"], grads["key_bias"] = _through_map(
+                    k_far, dphi, x.key_weight, x.key_bias, weights[1::2], o, None, ("key_weight", "key_bias"), needs
+                )
+            dk, dk_far = (dphi, None) if shared else (None, dphi)
+        if dk is None and o.window:
+            dk = make(s.batch, s.length, s.kv_heads, s.head_dim)
         if o.window:
             launch(
                 window.near_dkv_kernel, (s.kv_heads * chunks,),
@@ -695,18 +714,14 @@ def attend_backward(
                 o.scale, o.softcap, s.length, s.segments, o.segment,
                 ADD_K=o.far and shared, ADD_V=o.far, **near_dims,
             )  # fmt: skip
-        elif not o.far:
-            dk = None
         grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
-        if dwk is not None:
-            grads["key_weight"] = _sum_heads(dwk, key_heads, x.key_weight)
-            grads["key_bias"] = None if dck is None else _sum_heads(dck, key_heads, x.key_bias)
 
     if dlog_q is not None:
         if needs["far_bias"]:
             grads["far_bias"] = dlog_q.sum((0, 1))
         if needs["query_log"]:
             grads["query_log"] = dlog_q
+    if dlog_k is not None:
         if needs["key_log"]:
             grads["key_log"] = dlog_k
         if needs["decay"]:
@@ -735,15 +750,58 @@ def _sum_heads(d: Tensor, heads: int, like: Tensor | None) -> Tensor:
     return d.transpose(0, 1).to(like.dtype)
 
 
-def _suffix_sums(d: Tensor, minus: Tensor | None, x: Inputs, s: _Shape) -> Tensor:
+def _suffix_sums(d: Tensor | None, minus: Tensor, x: Inputs, s: _Shape) -> Tensor:
     """Σ from each token to its sequence's end of ``d [B, T, H]``, summed per key head, less ``minus [B, T, Hkv]``."""
-    out = d.new_zeros(*d.shape[:2], s.kv_heads)
-    launch(
-        backward.suffix_kernel, (s.kv_heads, s.sequences),
-        d, minus, out, x.lengths, x.starts, s.length, s.kv_heads,
-        G=s.heads // s.kv_heads, BLOCK=1024, PACKED=s.packed, MINUS=minus is not None, num_warps=4,
-    )  # fmt: skip
+    out = torch.zeros_like(minus)
+    blocks = -(-s.length // SUFFIX_BLOCK)
+    sums = torch.empty(s.sequences * blocks, s.kv_heads, dtype=torch.float64, device=minus.device)
+    for target in (None, out):
+        launch(
+            backward.suffix_kernel, (s.kv_heads, s.sequences * blocks),
+            minus if d is None else d, minus, sums, target, x.lengths, x.starts, s.length, blocks, s.kv_heads,
+            G=s.heads // s.kv_heads, BLOCK=SUFFIX_BLOCK, BLOCKS=128, PACKED=s.packed, PLUS=d is not None, num_warps=4,
+        )  # fmt: skip
     return out
+
+
+def _through_map(
+    x: Tensor,
+    dphi: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    terms: tuple[Tensor | None, ...],
+    o: Options,
+    dlog: Tensor | None,
+    names: tuple[str, str],
+    needs: dict[str, bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of a map's input ``x [B, T, H, D]``, weights and biases from that of its features ``dphi``.
+
+    Fills ``dlog``, the gradient of the log-scale. ``terms``: the weights as the kernels take them.
+    """
+    batch, length, heads, dim = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    span = max(MAP_CHUNK, -(-batch * length * heads // MAP_PROGRAMS // MAP_CHUNK) * MAP_CHUNK)
+    spans = -(-length // span)
+    dw = dc = None
+    if weight is not None and (needs[names[0]] or needs[names[1]]):
+        dw = torch.empty(batch * spans, heads, weight.shape[0], *weight.shape[2:], dtype=torch.float32, device=x.device)
+        if bias is not None:
+            dc = dw.new_empty(*dw.shape[:3], weight.shape[-1])
+    count = _heads_of(weight, bias)
+    launch(
+        backward.map_kernel, (heads, batch * spans),
+        x, *strides(x), dphi, *terms, count, bias,
+        dx, dlog, dw, dc,
+        o.norm, length, spans, span,
+        H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features), C=MAP_CHUNK,
+        ACT=ACTIVATIONS[o.activation], num_warps=4, num_stages=1, **precision(x.dtype, _tf32()),
+    )  # fmt: skip
+    return (
+        dx,
+        None if dw is None else _sum_heads(dw, count, weight),
+        None if dc is None else _sum_heads(dc, count, bias),
+    )
 
 
 def _sums_before(d: Tensor, begin: Tensor | float, x: Inputs) -> Tensor:

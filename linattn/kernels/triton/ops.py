@@ -180,14 +180,20 @@ def _both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tenso
 
     first, top_first, mass_first = parts(out, stats)
     second, top_second, mass_second = (_turn(t, reverse) for t in parts(*back))
+    turn_relative = _turn(back[1].relative, reverse) if back[1].relative.numel() else back[1].relative
     top = torch.maximum(top_first, top_second)
     mass_first, mass_second = mass_first * (top_first - top).exp(), mass_second * (top_second - top).exp()
     mass = mass_first + mass_second
     rden = torch.where(mass == 0, 0.0, 1 / mass)
+
+    def shifted(relative: Tensor, own: Tensor) -> Tensor:
+        return torch.where(relative < -1e29, relative, relative + own - top) if relative.numel() else relative
+
+    relatives = shifted(stats.relative, top_first), shifted(turn_relative, top_second)
     wide = (first * mass_first[..., None] + second * mass_second[..., None]) * rden[..., None]
     out = wide.to(x.q.dtype)
     residual = (wide - out.float()).to(out.dtype) if stats.residual.numel() else stats.residual
-    return out, top, rden, residual, *stats[3:], *back[1][3:]
+    return out, top, *relatives, rden, residual, *stats[4:], *back[1][4:]
 
 
 def _both_ways_backward(
@@ -199,9 +205,10 @@ def _both_ways_backward(
     dout: Tensor,
     needs: dict[str, bool],
 ) -> dict[str, Tensor | None]:
-    out, top, rden, residual, *memories = output
-    grads = launch.attend_backward(x, o, c, out, Stats(top, rden, residual, *memories[:3]), dout, needs)
-    turned = [_turn(t, reverse) if t.numel() else t for t in (top, rden, residual)]
+    out, top, relative, relative_back, rden, residual, *memories = output
+    stats = Stats(top, relative, rden, residual, *memories[:3])
+    grads = launch.attend_backward(x, o, c, out, stats, dout, needs)
+    turned = [_turn(t, reverse) if t.numel() else t for t in (top, relative_back, rden, residual)]
     back = launch.attend_backward(
         _backwards(x, reverse),
         o._replace(strict=True, sinks=0),
@@ -243,13 +250,14 @@ def _settings(ints: list[int], floats: list[float], activation: str) -> tuple[Op
 
 
 def _empty_like_stats(x: Inputs, o: Options) -> tuple[Tensor, ...]:
-    """Output, top, rden and residual, empty."""
+    """Output, top, relative, rden and residual, empty."""
     batch, length, heads, _ = x.q.shape
     out = x.q.new_empty(batch, length, heads, o.value_dim)
     rden = x.q.new_empty(batch, length, heads, dtype=torch.float32)
     top = x.q.new_empty(batch, length, heads if launch.has_top(x, o) else 0, dtype=torch.float32)
     residual = x.q.new_empty(batch, length, heads, 0 if x.q.dtype == torch.float32 else o.value_dim)
-    return out, top, rden, residual
+    relative = x.q.new_empty(top.shape if o.far else 0, dtype=torch.float32)
+    return out, top, relative, rden, residual
 
 
 def _define(
@@ -317,23 +325,23 @@ def _define(
 
 def _run_attend(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
     out, stats = launch.attend(x, o, c, training=True)
-    return _in_shape(x, o, out, *stats[:3])
+    return _in_shape(_empty_like_stats(x, o), out, *stats[:4])
 
 
-def _in_shape(x: Inputs, o: Options, *output: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.view(like.shape) for t, like in zip(output, _empty_like_stats(x, o), strict=True))
+def _in_shape(like: tuple[Tensor, ...], *output: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.view(e.shape) for t, e in zip(output, like, strict=True))
 
 
 def _run_attend_backward(
     x: Inputs, o: Options, c: Config, output: tuple[Tensor, ...], dout: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor | None]:
-    out, top, rden, residual = output
-    stats = Stats(top, rden, residual, *launch.memory_before(x, o, c))
+    out, *stats = output
+    stats = Stats(*stats, *launch.memory_before(x, o, c))
     return launch.attend_backward(x, o, c, out, stats, dout, needs)
 
 
 def _run_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tensor, ...]:
-    return _in_shape(x, o, *_both_ways(x, reverse, o, c)[:4])
+    return _in_shape(_fake_both_ways(x, o, c), *_both_ways(x, reverse, o, c)[:6])
 
 
 def _run_both_ways_backward(
@@ -371,6 +379,11 @@ def _fake_attend(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
     return _empty_like_stats(x, o)
 
 
-_define("attend", 4, _run_attend, _fake_attend, _run_attend_backward)
-_define("attend_both_ways", 4, _run_both_ways, _fake_attend, _run_both_ways_backward, extra=1)
+def _fake_both_ways(x: Inputs, o: Options, c: Config) -> tuple[Tensor, ...]:
+    out, top, relative, *rest = _empty_like_stats(x, o)
+    return out, top, relative, torch.empty_like(relative), *rest
+
+
+_define("attend", 5, _run_attend, _fake_attend, _run_attend_backward)
+_define("attend_both_ways", 6, _run_both_ways, _fake_both_ways, _run_both_ways_backward, extra=1)
 _define("final_memory", 3, _run_final_memory, _fake_final_memory, _run_final_memory_backward, gradients=2)

@@ -92,9 +92,9 @@ def near_kernel(
     k, k_b, k_t: tl.constexpr, k_h,
     v, v_b, v_t: tl.constexpr, v_h,
     sink_k, sink_v, sink_logits,
-    far_num, far_mass, far_log,
+    far_num, far_mass, far_log, far_far,
     starts, lengths, bases, seg_sequence, seg_first,
-    out, residual, out_top, out_rden,
+    out, residual, out_top, out_rden, out_relative,
     scale, softcap, T, segments, segment,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -178,7 +178,10 @@ def near_kernel(
     if FAR:
         far = valid & (rows >= GAP)
         mass = tl.load(column(far_mass + stat, first, H, C), mask=far, other=0.0)
-        log_far = tl.load(column(far_log + stat, first, H, C), mask=far, other=EMPTY)
+        log_q = tl.load(column(far_log + stat, first, H, C), mask=far, other=EMPTY)
+        log_far = log_q
+        if far_far is not None:
+            log_far += tl.load(column(far_far + stat, first, H, C), mask=far, other=0.0)
         num = load_rows(far_num + stat * V, first, H * V, far, V, BV)
     sink_logit = 0.0
     if sink_logits is not None:
@@ -186,6 +189,9 @@ def near_kernel(
     acc, top, rden = normalise(acc, den, top, num, mass, log_far, sink_logit, FAR, sink_logits is not None)
     if TOP:
         tl.store(column(out_top + stat, first, H, C), top, mask=valid)
+    if FAR:
+        relative = tl.where(far & (rden != 0), log_q - top, EMPTY)
+        tl.store(column(out_relative + stat, first, H, C), relative, mask=valid)
     tl.store(column(out_rden + stat, first, H, C), rden, mask=valid)
     store_output(out + stat * V, None if residual is None else residual + stat * V, first, H * V, valid, acc, V, BV)
 
