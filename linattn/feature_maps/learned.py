@@ -112,8 +112,7 @@ class Hedgehog(LearnedMap):
         return Features(torch.cat([projected, -projected], dim=-1).softmax(-1).to(x.dtype))
 
     def projected(self) -> Projected:
-        query, key = (torch.cat([p["weight"], -p["weight"]], -1)[None] for p in (self.query, self.key))
-        return Projected("softmax", query, key, mirrored=True)
+        return Projected("softmax", self.query["weight"][None], self.key["weight"][None], mirrored=True)
 
 
 @register

@@ -18,7 +18,7 @@ class Projected(NamedTuple):
         query_weight: ``[parts, H | 1, D, F]`` or None. key_weight: ``[parts, Hkv | 1, D, F]`` or None.
         query_bias: ``[parts, H | 1, F]`` or None. key_bias: ``[parts, Hkv | 1, F]`` or None.
         norm, constant: of ``exp``.
-        mirrored: the second half of the projection is the negative of the first.
+        mirrored: the weights are the first half of the projection; the second is their negative. No biases.
     """
 
     activation: Literal["relu", "elu", "softmax", "exp", "product"]
@@ -62,7 +62,12 @@ class GivenFeatures:
         self.log_scaled = log_scaled
 
     def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return q[..., : self.feature_dim], None
+        return _columns(q, self.feature_dim), None
 
     def forward_keys(self, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return k[..., : self.feature_dim], k[..., -1] if self.log_scaled else None
+        return _columns(k, self.feature_dim), k[..., -1] if self.log_scaled else None
+
+
+def _columns(x: Tensor, count: int) -> Tensor:
+    """The first columns; all of them without a slice, whose gradient would be a copy."""
+    return x if x.shape[-1] == count else x[..., :count]

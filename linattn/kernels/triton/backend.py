@@ -97,6 +97,8 @@ class Rows:
     def tables(self, length: Tensor, tokens: int, segment: int) -> dict[str, Tensor | None]:
         """The kernels' tables for the first ``length [N]`` tokens of each sequence, in rows of ``tokens`` slots."""
         if not self.packed:
+            if self is NOWHERE:
+                return {}
             full = self.whole and length is self.length
             return {"lengths": None if full else length, "bases": self.base}
         n = len(length)
@@ -123,6 +125,14 @@ class Rows:
         there = (ranks >= 0) & (ranks < self.length[:, None])
         slots = (self.first[:, None] + ranks).clamp(0, max(x.shape[0] * x.shape[1] - 1, 0))
         return torch.where(there.view(*there.shape, *[1] * (x.ndim - 2)), x.flatten(0, 1)[slots], 0)
+
+
+NOWHERE = Rows(torch.empty(0), torch.empty(0), torch.empty(0), False, True, None)
+"""Where every sequence fills its row from position 0 on, and nobody asks for more."""
+
+
+def _positional(call: Call) -> bool:
+    return call.feature_map is not None and call.feature_map.positional
 
 
 def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
@@ -153,6 +163,9 @@ def _rows(call: Call) -> Rows:
     if call.mask is not None or (state is not None and state.recent_k.shape[1]):
         lay = layouts.build(call, 16)
         return Rows(lay.start, lay.base, lay.length - lay.base, lay.packed, False, lay)
+    asked = call.sinks or call.return_state or _positional(call)
+    if call.causal and state is None and call.cu_seqlens is None and not asked:
+        return NOWHERE
     base = torch.zeros(n, dtype=torch.int64, device=device) if state is None else state.length
     if call.cu_seqlens is not None:
         bounds = call.cu_seqlens.to(torch.int64)
@@ -236,10 +249,8 @@ def _map(
     far: dict[str, Tensor | None] = {"q_far": q_far, "k_far": k_far}
     found = getattr(call.feature_map, "projected", lambda: None)()
     if found is not None:
-        if found.mirrored and found.activation == "softmax" and block(call.feature_dim // 2) * 2 == call.feature_dim:
-            half = call.feature_dim // 2
-            cut = [None if w is None else w[..., :half] for w in found[1:3]]
-            found = found._replace(activation="mirrored", query_weight=cut[0], key_weight=cut[1])
+        if found.mirrored:
+            found = _both_sides(found, call.feature_dim)
         if not _fuses(call, found):
             found = None
     if found is not None:
@@ -251,13 +262,23 @@ def _map(
             found.norm,
             found.constant,
         )
-    positions = _positions(call, r, k)
-    at = positions if query_positions is None else query_positions
+    positions = at = None
+    if call.feature_map.positional:
+        positions = _positions(call, r, k)
+        at = positions if query_positions is None else query_positions
     phi_q, log_q = _features(call, "queries", q if q_far is None else q_far, at)
     phi_k, log_k = _features(call, "keys", k if k_far is None else k_far, positions)
     log_scaled = log_k is not None
     given = {"q_far": phi_q, "k_far": phi_k, "query_log": log_q, "key_log": log_k}
     return _Mapped(given, "given", call.feature_dim, log_scaled)
+
+
+def _both_sides(found: Projected, features: int) -> Projected:
+    """A mirrored projection as the kernels take it: its half if halves of their tiles hold halves of the features."""
+    if found.activation == "softmax" and 2 * block(features // 2) == features:
+        return found._replace(activation="mirrored")  # type: ignore[arg-type]
+    whole = [None if w is None else torch.cat([w, -w], -1) for w in found[1:3]]
+    return found._replace(query_weight=whole[0], key_weight=whole[1])
 
 
 def _fuses(call: Call, found: Projected) -> bool:
@@ -288,7 +309,7 @@ def _positions(call: Call, r: Rows, q: Tensor) -> Tensor:
     return r.base[:, None] + at
 
 
-def _features(call: Call, kind: str, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+def _features(call: Call, kind: str, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Features in the dtype of the inputs, log-scales in float32."""
     map_ = call.feature_map
     assert map_ is not None

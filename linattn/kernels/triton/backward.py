@@ -84,7 +84,7 @@ def dq_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     qf, qf_b, qf_t: tl.constexpr, qf_h,
     kf, kf_b, kf_t: tl.constexpr, kf_h,
-    key_weight, key_low, key_map_heads, key_bias,
+    key_weight, key_map_heads, key_bias,
     key_log,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     state_kv, state_k, state_m,
@@ -106,6 +106,7 @@ def dq_kernel(
     KEYS: tl.constexpr,
     FIRST_EMPTY: tl.constexpr,
     ACT: tl.constexpr,
+    LOW: tl.constexpr,
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
     MILD: tl.constexpr,
@@ -124,14 +125,13 @@ def dq_kernel(
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
-    LOW: tl.constexpr = key_low is not None
     stat = origin * H + head
     key_stat = origin * kv_heads + kv_head
 
     v += row64 * v_b + start * v_t + kv_head * v_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
-        key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
+        key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if DECAY:
         decay += row64 * decay_b + start * decay_t + kv_head * decay_h
@@ -238,7 +238,7 @@ def dkv_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     qf, qf_b, qf_t: tl.constexpr, qf_h,
     kf, kf_b, kf_t: tl.constexpr, kf_h,
-    query_weight, key_weight, query_low, key_low, query_map_heads, key_map_heads, query_bias, key_bias,
+    query_weight, key_weight, query_map_heads, key_map_heads, query_bias, key_bias,
     key_log,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     state_kv, state_k, state_m,
@@ -260,6 +260,7 @@ def dkv_kernel(
     QUERIES: tl.constexpr,
     LAST_EMPTY: tl.constexpr,
     ACT: tl.constexpr,
+    LOW: tl.constexpr,
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
     MILD: tl.constexpr,
@@ -281,22 +282,29 @@ def dkv_kernel(
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
-    LOW: tl.constexpr = key_low is not None
     FACTORED: tl.constexpr = QUERIES and not KLOG  # a pair's weight is one of the key times one of the query
     key_stat = origin * kv_heads + kv_head
 
     v += row64 * v_b + start * v_t + kv_head * v_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
-        key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
+        key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if QUERIES:
         qf += row64 * qf_b + start * qf_t
         if G == 1:
             qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
-                query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, kv_head), query_map_heads,
-                DF, F, BDF, BF, ACT,
-            )  # fmt: skip
+                query_weight,
+                query_bias,
+                tl.where(query_map_heads == 1, 0, kv_head),
+                query_map_heads,
+                DF,
+                F,
+                BDF,
+                BF,
+                ACT,
+                OT,
+            )
     if DECAY:
         decay += row64 * decay_b + start * decay_t + kv_head * decay_h
 
@@ -361,8 +369,8 @@ def dkv_kernel(
                 row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
                 if G > 1:
                     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
-                        query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, head),
-                        query_map_heads, DF, F, BDF, BF, ACT,
+                        query_weight, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
+                        DF, F, BDF, BF, ACT, OT,
                     )  # fmt: skip
                 xq = load_rows(qf + head * qf_h, at, qf_t, there, DF, BDF)
                 phi_q, _ = features(
@@ -431,7 +439,7 @@ def dkv_kernel(
 @triton.jit
 def map_kernel(
     x, x_b, x_t: tl.constexpr, x_h,
-    dphi, weight, low, map_heads, bias,
+    dphi, weight, map_heads, bias,
     dx, dlog, dweight, dbias,
     norm, T, spans, span,
     H: tl.constexpr,
@@ -441,6 +449,7 @@ def map_kernel(
     BF: tl.constexpr,
     C: tl.constexpr,
     ACT: tl.constexpr,
+    LOW: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -455,12 +464,9 @@ def map_kernel(
     end = tl.minimum(begin + span, T)
     PROJECT: tl.constexpr = weight is not None
     BIAS: tl.constexpr = bias is not None
-    LOW: tl.constexpr = low is not None
     stat = batch * T * H + head
     x += batch * x_b + head * x_h
-    w0, w1, l0, l1, c0, c1 = load_map(
-        weight, low, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT
-    )
+    w0, w1, l0, l1, c0, c1 = load_map(weight, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT, OT)
     if dweight is not None:
         P: tl.constexpr = F // 2 if ACT == MIRRORED else F
         BP: tl.constexpr = BF // 2 if ACT == MIRRORED else BF

@@ -44,8 +44,8 @@ class Config(NamedTuple):
     """Tuning parameters of one call's launches.
 
     Attributes:
-        chunk: tokens of a chunk in the forward pass, in dq and in the window. fold_chunk: in the segment sums.
-            dkv_chunk: in dkv.
+        chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums. dkv_chunk: in dkv; 0 for
+            as many as chunk. near_chunk: in the window's kernels; 0 for as many as chunk, at most 64.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -54,7 +54,8 @@ class Config(NamedTuple):
 
     chunk: int = 64
     fold_chunk: int = 64
-    dkv_chunk: int = 64
+    dkv_chunk: int = 0
+    near_chunk: int = 0
     forward_warps: int = 4
     forward_stages: int = 2
     fold_warps: int = 4
@@ -63,6 +64,8 @@ class Config(NamedTuple):
     dq_stages: int = 1
     dkv_warps: int = 8
     dkv_stages: int = 1
+    near_warps: int = 4
+    near_stages: int = 2
     programs: int = 256
     shortest: int = 256
     fixed: int = 512
@@ -222,7 +225,7 @@ def segment_tokens(length: int, rows: int, c: Config) -> int:
     else:
         wanted = max(1, c.programs // max(rows, 1))
         tokens = max(-(-length // wanted), c.shortest)
-    unit = max(c.chunk, c.fold_chunk, c.dkv_chunk)
+    unit = max(c.chunk, c.fold_chunk, c.dkv_chunk, c.near_chunk)
     return -(-tokens // unit) * unit
 
 
@@ -346,7 +349,8 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
         at = f"{where}.config.{name}"
         _known(path, at, name, Config._fields)
         if name.endswith("chunk"):
-            good, expected = value in (16, 32, 64, 128, 256), "16, 32, 64, 128 or 256"
+            good = value in (16, 32, 64, 128, 256) or (value == 0 and name in ("dkv_chunk", "near_chunk"))
+            expected = "16, 32, 64, 128 or 256"
         elif name.endswith("_warps"):
             good, expected = value in (1, 2, 4, 8, 16, 32), "1, 2, 4, 8, 16 or 32"
         else:

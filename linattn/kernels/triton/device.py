@@ -118,6 +118,13 @@ def column(base, first, stride, C: tl.constexpr):
 
 
 @triton.jit
+def two_terms(x, OT: tl.constexpr):
+    """``x`` as two terms of type ``OT``."""
+    high = x.to(OT)
+    return high, (x - rounded(x, OT)).to(OT)
+
+
+@triton.jit
 def load_weight(w, head, part, heads, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr):
     """``[BD, BF]`` of the projections ``[parts, heads, D, F]``."""
     d = tl.arange(0, BD)
@@ -135,7 +142,6 @@ def load_bias(c, head, part, heads, F: tl.constexpr, BF: tl.constexpr):
 @triton.jit
 def load_map(
     w,
-    low,
     c,
     head,
     heads,
@@ -144,6 +150,7 @@ def load_map(
     BD: tl.constexpr,
     BF: tl.constexpr,
     ACT: tl.constexpr,
+    OT: tl.constexpr,
 ):
     """The projections of one head, their low parts and biases: (w0, w1, l0, l1, c0, c1); a number where there is none.
 
@@ -158,13 +165,9 @@ def load_map(
     c0 = 0.0
     c1 = 0.0
     if w is not None:
-        w0 = load_weight(w, head, 0, heads, D, P, BD, BP)
-        if low is not None:
-            l0 = load_weight(low, head, 0, heads, D, P, BD, BP)
+        w0, l0 = two_terms(load_weight(w, head, 0, heads, D, P, BD, BP).to(tl.float32), OT)
         if ACT == PRODUCT:
-            w1 = load_weight(w, head, 1, heads, D, P, BD, BP)
-            if low is not None:
-                l1 = load_weight(low, head, 1, heads, D, P, BD, BP)
+            w1, l1 = two_terms(load_weight(w, head, 1, heads, D, P, BD, BP).to(tl.float32), OT)
     if c is not None:
         c0 = load_bias(c, head, 0, heads, P, BP)
         if ACT == PRODUCT:
@@ -365,13 +368,6 @@ def load_memory(
         if LOG:
             top = tl.where(there, tl.load(m + place), EMPTY)
     return S, z, top
-
-
-@triton.jit
-def two_terms(x, OT: tl.constexpr):
-    """``x`` as two terms of type ``OT``."""
-    high = x.to(OT)
-    return high, (x - rounded(x, OT)).to(OT)
 
 
 @triton.jit

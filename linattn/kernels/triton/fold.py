@@ -28,7 +28,7 @@ from linattn.kernels.triton.device import (
 def fold_kernel(
     x, x_b, x_t: tl.constexpr, x_h,
     y, y_b, y_t: tl.constexpr, y_h,
-    weight, low, map_heads, bias,
+    weight, map_heads, bias,
     log_scale, relative, delta,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     starts, lengths, bases, seg_sequence, seg_first,
@@ -47,6 +47,7 @@ def fold_kernel(
     SKIPPED: tl.constexpr,
     SINKS: tl.constexpr,
     ACT: tl.constexpr,
+    LOW: tl.constexpr,
     LOG: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -78,10 +79,9 @@ def fold_kernel(
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = weight is not None
     BIAS: tl.constexpr = bias is not None
-    LOW: tl.constexpr = low is not None
     if not REVERSE:
         w0, w1, l0, l1, c0, c1 = load_map(
-            weight, low, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT
+            weight, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT, OT
         )
     for i in range(0, chunks):
         at = (chunks - 1 - i) if REVERSE else i
@@ -102,7 +102,7 @@ def fold_kernel(
             hx = head * G + group if REVERSE else head
             if REVERSE:
                 w0, w1, l0, l1, c0, c1 = load_map(
-                    weight, low, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT
+                    weight, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT, OT
                 )
             xs = load_rows(x + hx * x_h, at_x, x_t, valid, D, BD)
             ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)

@@ -38,7 +38,7 @@ def attend_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     qf, qf_b, qf_t: tl.constexpr, qf_h,
     kf, kf_b, kf_t: tl.constexpr, kf_h,
-    query_weight, key_weight, query_low, key_low, query_map_heads, key_map_heads, query_bias, key_bias,
+    query_weight, key_weight, query_map_heads, key_map_heads, query_bias, key_bias,
     query_log, key_log, far_bias, lag,
     decay, decay_b, decay_t: tl.constexpr, decay_h,
     state_kv, state_k, state_m,
@@ -60,6 +60,7 @@ def attend_kernel(
     KEYS: tl.constexpr,
     FIRST_EMPTY: tl.constexpr,
     ACT: tl.constexpr,
+    LOW: tl.constexpr,
     KLOG: tl.constexpr,
     MILD: tl.constexpr,
     PACKED: tl.constexpr,
@@ -81,7 +82,6 @@ def attend_kernel(
     DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = query_weight is not None
     BIAS: tl.constexpr = query_bias is not None
-    LOW: tl.constexpr = query_low is not None
     PARTIAL: tl.constexpr = out_num is not None
     stat = origin * H + head
     key_stat = origin * kv_heads + kv_head
@@ -90,11 +90,10 @@ def attend_kernel(
     qf += row64 * qf_b + start * qf_t + head * qf_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
-        query_weight, query_low, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
-        DF, F, BDF, BF, ACT,
-    )  # fmt: skip
+        query_weight, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads, DF, F, BDF, BF, ACT, OT
+    )
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
-        key_weight, key_low, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT
+        key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if DECAY:
         decay += row64 * decay_b + start * decay_t + kv_head * decay_h

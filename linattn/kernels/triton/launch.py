@@ -222,11 +222,11 @@ def gap_of(o: Options) -> int:
 
 def near_chunk(c: Config) -> int:
     """Tokens of a chunk in the kernels of the window: their tiles fit the registers of four warps."""
-    return min(c.chunk, 64)
+    return c.near_chunk or min(c.chunk, 64)
 
 
 @functools.lru_cache(maxsize=1024)
-def _far_dims(s: _Shape, o: Options, keys: bool, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+def _far_dims(s: _Shape, o: Options, keys: bool, low: bool, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     return {
         "H": s.heads,
         "G": s.heads // s.kv_heads,
@@ -239,6 +239,7 @@ def _far_dims(s: _Shape, o: Options, keys: bool, dtype: torch.dtype, tf32: bool)
         "GAP": gap_of(o) if keys else 0,
         "SINKS": o.sinks if keys else 0,
         "ACT": ACTIVATIONS[o.activation],
+        "LOW": low,
         "KLOG": o.key_log,
         "MILD": MILD[dtype == torch.bfloat16],
         "PACKED": s.packed,
@@ -247,7 +248,7 @@ def _far_dims(s: _Shape, o: Options, keys: bool, dtype: torch.dtype, tf32: bool)
 
 
 @functools.lru_cache(maxsize=1024)
-def _near_dims(s: _Shape, o: Options, chunk: int, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+def _near_dims(s: _Shape, o: Options, c: Config, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     widest = max(s.head_dim, s.value_dim)
     return {
         "H": s.heads,
@@ -260,9 +261,9 @@ def _near_dims(s: _Shape, o: Options, chunk: int, dtype: torch.dtype, tf32: bool
         "STRICT": o.strict,
         "SOFTCAP": o.softcap > 0,
         "PACKED": s.packed,
-        "C": chunk,
-        "num_warps": 4 if widest <= 128 else 8,
-        "num_stages": 2 if widest <= 64 else 1,
+        "C": near_chunk(c),
+        "num_warps": c.near_warps if widest <= 128 else 8,
+        "num_stages": c.near_stages if widest <= 64 else 1,
         **precision(dtype, tf32),
     }
 
@@ -280,14 +281,9 @@ def _heads_of(weight: Tensor | None, bias: Tensor | None) -> int:
     return 1 if found is None else found.shape[1]
 
 
-def _weights(x: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Projections of queries and keys as tensor cores take them, and what rounding took from each."""
-    query, key = x.query_weight, x.key_weight
-    if x.q.dtype != torch.bfloat16 or query is None or key is None or query.dtype == key.dtype == torch.bfloat16:
-        return query, key, None, None
-    high = [w.to(torch.bfloat16) for w in (query, key)]
-    low = [(w - h).to(torch.bfloat16) for w, h in zip((query, key), high, strict=True)]
-    return high[0], high[1], low[0], low[1]
+def _is_wider(weight: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a map's weights have bits that the operands of the products do not hold."""
+    return weight is not None and dtype == torch.bfloat16 and weight.dtype != torch.bfloat16
 
 
 def _starts_empty(x: Inputs, s: _Shape) -> bool:
@@ -319,7 +315,7 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
     launch(
         fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
         source, *strides(source), x.v, *strides(x.v),
-        *_weights(x)[1::2], _heads_of(x.key_weight, x.key_bias), x.key_bias,
+        x.key_weight, _heads_of(x.key_weight, x.key_bias), x.key_bias,
         x.key_log, None, None,
         x.decay, *strides(x.decay),
         *_tables(x),
@@ -327,7 +323,8 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
         BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=0, SKIPPED=skip,
-        SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOG=o.key_log, REVERSE=False, PACKED=s.packed,
+        SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
+        REVERSE=False, PACKED=s.packed,
         num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype, _tf32()),
     )  # fmt: skip
     return parts
@@ -456,12 +453,11 @@ def final_memory_backward(
     dv = torch.zeros(s.batch, s.length, s.kv_heads, s.value_dim, dtype=dtype, device=device)
     dlog = torch.zeros(s.batch, s.length, s.kv_heads, **f32) if needs["key_log"] or needs["decay"] else None
     heads = _heads_of(x.key_weight, x.key_bias)
-    weights = _weights(x)[1::2]
-    dims = _far_dims(s, o, True, dtype, _tf32()) | {"GAP": 0, "H": s.kv_heads, "G": 1}
+    dims = _far_dims(s, o, True, _is_wider(x.key_weight, dtype), dtype, _tf32()) | {"GAP": 0, "H": s.kv_heads, "G": 1}
     launch(
         backward.dkv_kernel, (s.kv_heads, s.total),
         x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
-        *(w for w in weights for _ in range(2)), heads, heads, x.key_bias, x.key_bias,
+        x.key_weight, x.key_weight, heads, heads, x.key_bias, x.key_bias,
         x.key_log,
         x.decay, *strides(x.decay),
         *memory,
@@ -469,12 +465,12 @@ def final_memory_backward(
         None, None, None,
         dphi, dv, dlog,
         o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.dkv_chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, **dims,
+        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, **dims,
         num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
     if not given:
         dphi, grads["key_weight"], grads["key_bias"] = _through_map(
-            k_far, dphi, x.key_weight, x.key_bias, weights, o, None, ("key_weight", "key_bias"), needs
+            k_far, dphi, x.key_weight, x.key_bias, o, None, ("key_weight", "key_bias"), needs
         )
     grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dphi, dv, dlog
     begin: Tensor | float = 0.0
@@ -519,7 +515,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         launch(
             forward.attend_kernel, (s.heads, s.total),
             v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-            *_weights(x), _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
+            x.query_weight, x.key_weight, _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
             x.query_bias, x.key_bias,
             x.query_log, x.key_log, x.far_bias, _lag(x, o, s),
             x.decay, *strides(x.decay),
@@ -528,7 +524,8 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             num, mass, log, far,
             out, residual if rounds else None, top, rden, relative,
             o.norm, o.constant, s.length, s.segments, o.segment,
-            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), **_far_dims(s, o, keys, dtype, tf32),
+            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s),
+            **_far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32),
             num_warps=c.forward_warps, num_stages=c.forward_stages,
         )  # fmt: skip
     if near:
@@ -542,7 +539,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             out, residual if rounds else None, top, rden, relative,
             o.scale, o.softcap, s.length, s.segments, o.segment,
             SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap_of(o) if keys else 0, TOP=s.top,
-            **_near_dims(s, o, chunk, dtype, tf32),
+            **_near_dims(s, o, c, dtype, tf32),
         )  # fmt: skip
     return out, Stats(top, relative, rden, residual, *found)
 
@@ -573,12 +570,11 @@ def attend_backward(
     k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
     q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
     query_heads, key_heads = _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias)
-    weights = _weights(x)
     near, tf32, gap = is_near(x, o), _tf32(), gap_of(o) if keys else 0
     chunk = near_chunk(c)
     chunks = s.total * (o.segment // chunk)
-    far_dims = _far_dims(s, o, keys, dtype, tf32)
-    near_dims = _near_dims(s, o, chunk, dtype, tf32)
+    far_dims = _far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32)
+    near_dims = _near_dims(s, o, c, dtype, tf32)
     zeroed = x.lengths is not None
 
     def make(*shape: int, dtype: torch.dtype = dtype, partly: bool = False) -> Tensor:
@@ -599,7 +595,7 @@ def attend_backward(
         launch(
             backward.dq_kernel, (s.heads, s.total),
             v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-            *weights[1::2], key_heads, x.key_bias,
+            x.key_weight, key_heads, x.key_bias,
             x.key_log,
             x.decay, *strides(x.decay),
             *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
@@ -616,7 +612,6 @@ def attend_backward(
                 dphi,
                 x.query_weight,
                 x.query_bias,
-                weights[::2],
                 o,
                 dlog_q,
                 ("query_weight", "query_bias"),
@@ -653,7 +648,7 @@ def attend_backward(
         launch(
             fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
             q_far, *strides(q_far), scaled, *strides(scaled),
-            *weights[::2], query_heads, x.query_bias,
+            x.query_weight, query_heads, x.query_bias,
             None, relative, delta,
             x.decay, *strides(x.decay),
             *_tables(x),
@@ -661,7 +656,8 @@ def attend_backward(
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
             BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=gap, SKIPPED=skip,
-            SINKS=0, ACT=ACTIVATIONS[o.activation], LOG=s.top, REVERSE=True, PACKED=s.packed,
+            SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=s.top,
+            REVERSE=True, PACKED=s.packed,
             num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
         )  # fmt: skip
         memory, end = _scan(sums, None, x, s, log=s.top, reverse=True, end=want_state)
@@ -686,7 +682,7 @@ def attend_backward(
             launch(
                 backward.dkv_kernel, (s.kv_heads, s.total),
                 v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-                *weights, query_heads, key_heads, x.query_bias, x.key_bias,
+                x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
                 x.key_log,
                 x.decay, *strides(x.decay),
                 *((None, None, None) if memory is None else memory),
@@ -694,12 +690,12 @@ def attend_backward(
                 scaled, relative, delta,
                 dphi, dv, dlog_k,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.dkv_chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
+                C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
                 num_warps=c.dkv_warps, num_stages=c.dkv_stages,
             )  # fmt: skip
             if not given:
                 dphi, grads["key_weight"], grads["key_bias"] = _through_map(
-                    k_far, dphi, x.key_weight, x.key_bias, weights[1::2], o, None, ("key_weight", "key_bias"), needs
+                    k_far, dphi, x.key_weight, x.key_bias, o, None, ("key_weight", "key_bias"), needs
                 )
             dk, dk_far = (dphi, None) if shared else (None, dphi)
         if dk is None and o.window:
@@ -769,7 +765,6 @@ def _through_map(
     dphi: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    terms: tuple[Tensor | None, ...],
     o: Options,
     dlog: Tensor | None,
     names: tuple[str, str],
@@ -777,7 +772,7 @@ def _through_map(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of a map's input ``x [B, T, H, D]``, weights and biases from that of its features ``dphi``.
 
-    Fills ``dlog``, the gradient of the log-scale. ``terms``: the weights as the kernels take them.
+    Fills ``dlog``, the gradient of the log-scale.
     """
     batch, length, heads, dim = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -791,11 +786,12 @@ def _through_map(
     count = _heads_of(weight, bias)
     launch(
         backward.map_kernel, (heads, batch * spans),
-        x, *strides(x), dphi, *terms, count, bias,
+        x, *strides(x), dphi, weight, count, bias,
         dx, dlog, dw, dc,
         o.norm, length, spans, span,
         H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features), C=MAP_CHUNK,
-        ACT=ACTIVATIONS[o.activation], num_warps=4, num_stages=1, **precision(x.dtype, _tf32()),
+        ACT=ACTIVATIONS[o.activation], LOW=_is_wider(weight, x.dtype), **precision(x.dtype, _tf32()),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return (
         dx,

@@ -7,6 +7,7 @@ their dispatch, which costs more than a small kernel.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,19 @@ def _chosen(grads: dict[str, Tensor | None], needs: dict[str, bool]) -> tuple[Te
     return tuple(grads.get(name) if needs[name] else None for name in Inputs._fields)
 
 
+def _bound(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Keep the signature that torch looks up at every call: finding it takes longer than a small kernel."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+def _once(
+    run: Callable[..., tuple[Tensor | None, ...]], dout: Tensor, saved: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """A backward pass, as a function of its own where something may look into it."""
+    return _Once.apply(run, dout, *saved) if torch.is_grad_enabled() else run(dout, *saved)
+
+
 class _Once(torch.autograd.Function):
     """A backward pass as a function of its own: transforms of torch.func see through it, a second derivative stops."""
 
@@ -76,6 +90,7 @@ class _Once(torch.autograd.Function):
         raise UnsupportedError("impl='triton' has no second derivatives; use impl='chunked' for them.")
 
 
+@_bound
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(o: Options, c: Config, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -101,9 +116,10 @@ class _Attend(torch.autograd.Function):
             x, out, stats = Inputs(*saved[:COUNT]), saved[COUNT], Stats(*saved[COUNT + 1 :])
             return _chosen(launch.attend_backward(x, o, c, out, stats, dout, needs), needs)
 
-        return None, None, *_Once.apply(run, dout, *ctx.saved_tensors)
+        return None, None, *_once(run, dout, ctx.saved_tensors)
 
 
+@_bound
 class _BothWays(torch.autograd.Function):
     @staticmethod
     def forward(o: Options, c: Config, reverse: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -127,9 +143,10 @@ class _BothWays(torch.autograd.Function):
             x, reverse, output = Inputs(*saved[:COUNT]), saved[COUNT], saved[COUNT + 1 :]
             return _chosen(_both_ways_backward(x, reverse, o, c, output, dout, needs), needs)
 
-        return None, None, None, *_Once.apply(run, dout, *ctx.saved_tensors)
+        return None, None, None, *_once(run, dout, ctx.saved_tensors)
 
 
+@_bound
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(o: Options, c: Config, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -51,7 +51,7 @@ def token_features(
 ):
     """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, zeros beyond ``width``.
 
-    MIRROR: columns of the projection that differ; the others are their negatives.
+    MIRROR: columns of the projection; features beyond have their negatives.
     """
     f = tl.arange(0, BF)
     squares = 0.0
@@ -73,10 +73,10 @@ def token_features(
             xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
             squares += tl.sum(xd * xd, 0)
             real = (d < D)[:, None] & (f < F)[None, :]
-            cells = d[:, None] * F + columns[None, :]
-            products += tl.load(w + head * D * F + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+            cells = d[:, None] * MIRROR + columns[None, :]
+            products += tl.load(w + head * D * MIRROR + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
             if ACT == PRODUCT:
-                second = tl.load(w + (heads + head) * D * F + cells, mask=real, other=0.0)
+                second = tl.load(w + (heads + head) * D * MIRROR + cells, mask=real, other=0.0)
                 products1 += second.to(tl.float32) * xd[:, None]
         z = tl.sum(products, 0) * sign
         if ACT == PRODUCT:

@@ -27,7 +27,7 @@ def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 def check(
     name: str, batch: int, length: int, heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype,
-    *, decay: bool = False, options: dict[str, Any] | None = None, map_options: dict[str, Any] | None = None,
+    *, decay: bool | float = False, options: dict[str, Any] | None = None, map_options: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Outputs and every gradient within twice the error of chunked attention in the same dtype, against float64."""
     torch.manual_seed(7)
@@ -38,6 +38,8 @@ def check(
         normal(batch, length, kv_heads, value_dim, dtype=dtype, seed=3),
     ]
     gates = -0.05 * torch.rand(batch, length, kv_heads, device="cuda") if decay else None
+    if gates is not None and decay is not True:  # some of the tokens forget so much
+        gates = torch.where(torch.rand_like(gates) < 0.05, -float(decay), gates)
     cotangent = normal(batch, length, heads, value_dim, dtype=dtype, seed=4)
 
     def run(impl: str, wide: bool) -> dict[str, Tensor]:
@@ -96,6 +98,32 @@ def test_maps(
 def test_lengths_and_groups(length: int, groups: int) -> None:
     check("hedgehog", 1, length, 4, 4 // groups, 64, 64, torch.bfloat16, decay=True, options=HYBRID)
     check("hedgehog", 1, length, 4, 4 // groups, 64, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("forgets", [3.0, 70.0, 1e4])
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("name", ["hedgehog", "exp"])
+def test_strong_decays(name: str, options: dict[str, Any], forgets: float) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        check(name, 1, 700, 2, 1, 64, 64, dtype, decay=forgets, options=options)
+
+
+def test_gradients_of_a_final_state() -> None:
+    phi = make("hedgehog", 64, num_heads=4, num_kv_heads=2).cuda()
+    tensors = [normal(1, 3000, h, 64, dtype=torch.float32, seed=h) for h in (4, 2, 2)]
+    gates = -0.05 * torch.rand(1, 3000, 2, device="cuda")
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (*tensors, gates)]
+        map_ = make("hedgehog", 64, num_heads=4, num_kv_heads=2).cuda().to(dtype)
+        map_.load_state_dict(phi.state_dict())
+        done = kernel_attention(*leaves[:3], decay=leaves[3], feature_map=map_, return_state=True, impl=impl, **HYBRID)
+        weights = torch.linspace(0.5, 1.5, done.state.kv.numel(), device="cuda", dtype=dtype).view_as(done.state.kv)
+        loss = (done.out**2).mean() + (done.state.kv * weights).mean() + done.state.k.square().mean()
+        return list(torch.autograd.grad(loss, leaves))
+
+    for found, want in zip(run("triton", torch.float32), run("chunked", torch.float64), strict=True):
+        assert budgets.error(found, want) <= 2e-5 * want.abs().max().item() + 1e-12
 
 
 def test_a_million_tokens() -> None:
