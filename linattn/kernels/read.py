@@ -136,7 +136,7 @@ def _read_far(features: Tensor, far: list[Far], summed: list[Summed]) -> tuple[T
     """Numerator ``[R, h, n, G, C, V]``, normaliser ``[R, h, n, G, C]`` and their log-scale ``[R, h, n, 1, C]``."""
     shape = features.shape[:-1]
     lead, (groups, c) = shape[:3], shape[3:]
-    flat = features.reshape(*lead, groups * c, -1)
+    flat = features.reshape(*lead, groups * c, -1).contiguous()  # every product would copy it again
     weights = [None if f.log_weight is None else f.log_weight.masked_fill(~f.mask, EMPTY_LOG_SCALE) for f in far]
     tops = [w.detach().amax(-1) for w in weights if w is not None and w.shape[-1]]
     tops += [m.log_weight.detach().expand(*lead, c) for m in summed if m.log_weight is not None]
@@ -188,10 +188,9 @@ def _read_summed(flat: Tensor, m: Summed) -> tuple[Tensor, Tensor]:
         return F.pad(kv.unflatten(2, (blocks, -1)), pad), F.pad(k.unflatten(2, (blocks, -1)), pad)
     if m.shift == 0:
         return flat @ m.kv, flat @ m.k[..., None]
-    here, there = (slice(m.shift, n), slice(0, n - m.shift)) if m.shift > 0 else (slice(0, m.shift), slice(-m.shift, n))
-    pad = [0, 0, 0, 0, max(m.shift, 0), max(-m.shift, 0)]
-    read = flat[:, :, here]
-    return F.pad(read @ m.kv[:, :, there], pad), F.pad(read @ m.k[:, :, there, :, None], pad)
+    here = slice(0, n - m.shift) if m.shift > 0 else slice(-m.shift, n)
+    pad = [0, 0, max(m.shift, 0), max(-m.shift, 0)]
+    return flat @ F.pad(m.kv[:, :, here], [0, 0, *pad]), flat @ F.pad(m.k[:, :, here], pad)[..., None]
 
 
 def safe_denominator(den: Tensor) -> Tensor:

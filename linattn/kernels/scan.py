@@ -99,24 +99,26 @@ def prefix(memory: Memory, clock: Tensor | None, sequence: Tensor, *, plain: boo
             ends[:, :-1],
             plain=plain,
         )
-        same = (grouped_sequence[:, :, 1:] == ends[:, None, :-1, None]).to(kv.dtype)  # [R, 1, groups - 1, g]
+        # Nothing stands before the first group; zeros there keep all groups one tensor, without slices to join again.
+        before = Memory(
+            F.pad(carried.kv, [0, 0, 0, 0, 1, 0])[:, :, :, None],
+            F.pad(carried.k, [0, 0, 1, 0])[:, :, :, None],
+            F.pad(carried.log_scale, [1, 0], value=EMPTY_LOG_SCALE)[..., None],
+        )
+        same = (grouped_sequence == F.pad(ends[:, :-1], [1, 0], value=-2)[:, None, :, None]).to(kv.dtype)
         if plain:
-            keep, take = None, same
+            take = same  # [R, 1, groups, g]
         else:
-            log_take = carried.log_scale[..., None]
+            log_take = before.log_scale
             if clock is not None:
-                c = clock.view(rows, heads, groups, g)
-                log_take = log_take + (c[:, :, 1:] - c[:, :, :-1, -1:]).to(kv.dtype)
+                grouped_clock = clock.view(rows, heads, groups, g)
+                log_take = log_take + (grouped_clock - F.pad(grouped_clock[:, :, :-1, -1:], [0, 0, 1, 0])).to(kv.dtype)
             log_take = log_take.masked_fill(same == 0, EMPTY_LOG_SCALE)
-            merged = torch.maximum(m[:, :, 1:], log_take).detach()
-            keep, take = (m[:, :, 1:] - merged).exp(), (log_take - merged).exp() * same
-            m = torch.cat([m[:, :, :1], merged], 2)
-        tail_kv, tail_k = kv[:, :, 1:], k[:, :, 1:]
-        if keep is not None:
-            tail_kv, tail_k = tail_kv * keep[..., None, None], tail_k * keep[..., None]
-        tail_kv = torch.addcmul(tail_kv, take[..., None, None], carried.kv[:, :, :, None])
-        tail_k = torch.addcmul(tail_k, take[..., None], carried.k[:, :, :, None])
-        kv, k = torch.cat([kv[:, :, :1], tail_kv], 2), torch.cat([k[:, :, :1], tail_k], 2)
+            merged = torch.maximum(m, log_take).detach()
+            keep, take = (m - merged).exp(), (log_take - merged).exp() * same
+            kv, k, m = kv * keep[..., None, None], k * keep[..., None], merged
+        kv = torch.addcmul(kv, take[..., None, None], before.kv)
+        k = torch.addcmul(k, take[..., None], before.k)
     return Memory(
         kv.flatten(2, 3)[:, :, :n], k.reshape(rows, heads, groups * g, -1)[:, :, :n], m.flatten(2, 3)[:, :, :n]
     )
