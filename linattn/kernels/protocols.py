@@ -18,7 +18,7 @@ class Projected(NamedTuple):
         query_weight: ``[parts, H | 1, D, F]`` or None. key_weight: ``[parts, Hkv | 1, D, F]`` or None.
         query_bias: ``[parts, H | 1, F]`` or None. key_bias: ``[parts, Hkv | 1, F]`` or None.
         norm, constant: of ``exp``.
-        mirrored: the weights are the first half of the projection; the second is their negative. No biases.
+        mirrored: the weights are the first half of the projection; the second is their negative.
     """
 
     activation: Literal["relu", "elu", "softmax", "exp", "product"]

@@ -275,7 +275,8 @@ def _map(
 
 def _both_sides(found: Projected, features: int) -> Projected:
     """A mirrored projection as the kernels take it: its half if halves of their tiles hold halves of the features."""
-    if found.activation == "softmax" and 2 * block(features // 2) == features:
+    plain = found.activation == "softmax" and found.query_bias is None
+    if plain and 2 * block(features // 2) == features:
         return found._replace(activation="mirrored")  # type: ignore[arg-type]
     whole = [None if w is None else torch.cat([w, -w], -1) for w in found[1:3]]
     return found._replace(query_weight=whole[0], key_weight=whole[1])

@@ -44,8 +44,8 @@ class Config(NamedTuple):
     """Tuning parameters of one call's launches.
 
     Attributes:
-        chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums. dkv_chunk: in dkv; 0 for
-            as many as chunk. near_chunk: in the window's kernels; 0 for as many as chunk, at most 64.
+        chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums.
+        dkv_chunk: in dkv; 0 for as many as chunk. near_chunk: in the window's kernels; 0 for as many, at most 64.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.

@@ -690,7 +690,8 @@ def attend_backward(
                 scaled, relative, delta,
                 dphi, dv, dlog_k,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
+                C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top,
+                **far_dims,
                 num_warps=c.dkv_warps, num_stages=c.dkv_stages,
             )  # fmt: skip
             if not given:

@@ -193,8 +193,10 @@ class Written(FeatureMap):
         return (12 if self.mirrored else 11) if self.projects else HEAD_DIM
 
     def projected(self) -> Projected:
-        weights = (self.query_weight, self.key_weight, self.query_bias, self.key_bias)
-        return Projected(self.activation, *weights, norm=0.3, constant=-0.2, mirrored=self.mirrored)
+        columns = slice(0, 6 if self.mirrored else None)
+        weights = (None if w is None else w[..., columns] for w in (self.query_weight, self.key_weight))
+        biases = (self.query_bias, self.key_bias)
+        return Projected(self.activation, *weights, *biases, norm=0.3, constant=-0.2, mirrored=self.mirrored)
 
     def written(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Features:
         z = [x] if weight is None else [torch.einsum("bthd,hdf->bthf", x, w) for w in weight]
