@@ -20,7 +20,7 @@ from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
 from linattn.kernels.triton import ops, step
 from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens
-from linattn.kernels.triton.launch import INTERPRETED, NARROWEST, Inputs, Memory, Options, block, rows
+from linattn.kernels.triton.launch import INTERPRETED, NARROWEST, Inputs, Memory, Options, block, changed, rows
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 
@@ -277,9 +277,9 @@ def _both_sides(found: Projected, features: int) -> Projected:
     """A mirrored projection as the kernels take it: its half if halves of their tiles hold halves of the features."""
     plain = found.activation == "softmax" and found.query_bias is None
     if plain and 2 * block(features // 2) == features:
-        return found._replace(activation="mirrored")  # type: ignore[arg-type]
+        return changed(found, activation="mirrored")
     whole = [None if w is None else torch.cat([w, -w], -1) for w in found[1:3]]
-    return found._replace(query_weight=whole[0], key_weight=whole[1])
+    return changed(found, query_weight=whole[0], key_weight=whole[1])
 
 
 def _fuses(call: Call, found: Projected) -> bool:
@@ -400,8 +400,8 @@ def _in_slices(
         def cut(t: Tensor | None, start: int = start, stop: int = stop) -> Tensor | None:
             return None if t is None else t[..., start:stop]
 
-        part = x._replace(v=cut(x.v), sink_v=_contiguous(cut(x.sink_v)), state_kv=_contiguous(cut(x.state_kv)))
-        outs.append(attend(part, o._replace(value_dim=stop - start), c))
+        part = changed(x, v=cut(x.v), sink_v=_contiguous(cut(x.sink_v)), state_kv=_contiguous(cut(x.state_kv)))
+        outs.append(attend(part, changed(o, value_dim=stop - start), c))
     return torch.cat(outs, -1)
 
 
@@ -421,8 +421,8 @@ def _final_state(call: Call, r: Rows, x: Inputs, o: Options, c: Config) -> Atten
         tokens = x.k.shape[1]
         count = folded - r.base
         tables: dict[str, Any] = {**r.tables(count, tokens, o.segment)}
-        part = x._replace(**tables)
-        memory = _sliced_memory(part, o._replace(window=0), c)
+        part = changed(x, **tables)
+        memory = _sliced_memory(part, changed(o, window=0), c)
         kv, k = memory.kv, memory.k
         log_scale = memory.m if o.key_log else log_scale.masked_fill((folded > call.sinks)[:, None], 0.0)
         if recent_decay is not None:
@@ -467,8 +467,8 @@ def _sliced_memory(x: Inputs, o: Options, c: Config) -> Memory:
     for start in range(0, o.value_dim, width):
         stop = min(start + width, o.value_dim)
         state_kv = None if x.state_kv is None else x.state_kv[..., start:stop].contiguous()
-        part = x._replace(v=x.v[..., start:stop], state_kv=state_kv)
-        found.append(ops.final_memory(part, o._replace(value_dim=stop - start), c))
+        part = changed(x, v=x.v[..., start:stop], state_kv=state_kv)
+        found.append(ops.final_memory(part, changed(o, value_dim=stop - start), c))
     # Every slice sums the same normaliser: one of them carries its gradient.
     return Memory(torch.cat([m.kv for m in found], -1), found[0].k, found[0].m)
 
@@ -542,6 +542,6 @@ def _attend_all(call: Call) -> Tensor:
         **{n: t for n, t in mapped.inputs.items() if n not in ("k_far", "key_log")}, **memory, **tables,
     )  # fmt: skip
     if call.feature_map is None:
-        x = x._replace(state_kv=v.new_zeros(x.q.shape[0], k.shape[2], 1, 1, dtype=torch.float32))
+        x = changed(x, state_kv=v.new_zeros(x.q.shape[0], k.shape[2], 1, 1, dtype=torch.float32))
     options = _options(call, mapped, segment)
     return _in_slices(ops.attend, x, options, config, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton.language
@@ -13,6 +13,14 @@ from linattn.kernels.triton import backward, fold, forward, window
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.device import ACTIVATIONS
 from linattn.kernels.triton.launcher import INTERPRETED, launch
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
+
+
+def changed(x: Fields, **changes: Any) -> Fields:
+    """A named tuple with some fields changed; its own method for that breaks graphs of torch 2.11."""
+    names = x._fields  # type: ignore[attr-defined]
+    return type(x)(*[changes.get(name, value) for name, value in zip(names, x, strict=True)])
 
 
 class Inputs(NamedTuple):

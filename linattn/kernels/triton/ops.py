@@ -352,8 +352,8 @@ def _in_shape(like: tuple[Tensor, ...], *output: Tensor) -> tuple[Tensor, ...]:
 def _run_attend_backward(
     x: Inputs, o: Options, c: Config, output: tuple[Tensor, ...], dout: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor | None]:
-    out, *stats = output
-    stats = Stats(*stats, *launch.memory_before(x, o, c))
+    out, top, relative, rden, residual = output
+    stats = Stats(top, relative, rden, residual, *launch.memory_before(x, o, c))
     return launch.attend_backward(x, o, c, out, stats, dout, needs)
 
 
