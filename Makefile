@@ -9,7 +9,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 OLDEST_TRANSFORMERS ?= 5.17.0
 
 BIN := $(VENV)/bin

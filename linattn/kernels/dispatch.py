@@ -59,8 +59,8 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
 
 
 def _announce(impl: str) -> None:
-    """Log the automatic choice once per process; a graph being compiled cannot hold a log line."""
-    if impl not in _announced and not torch.compiler.is_compiling():
+    """Log the automatic choice once per process; a graph being compiled neither holds a log line nor asks for one."""
+    if not torch.compiler.is_compiling() and impl not in _announced:
         _announced.add(impl)
         logger.info("linattn: impl='auto' runs the %s implementation", impl)
 

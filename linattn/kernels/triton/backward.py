@@ -519,11 +519,12 @@ def load_terms(
 def suffix_kernel(
     d, minus, sums, out, lengths, starts, T, blocks, heads,
     G: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr, PLUS: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):  # fmt: skip
     """Σ from each token to its sequence's end of ``d [B, T, heads · G]`` (summed over G) − ``minus [B, T, heads]``.
 
-    Without PLUS ``d`` counts as zero. One program takes one block of tokens: first, without ``out``, for its total in
-    ``sums``; then with the totals of all later blocks.
+    Without PLUS ``d`` counts as zero; CENTRED takes the mean of its sequence from each term. One program takes one
+    block of tokens: first, without ``out``, for its total in ``sums``; then with the totals of all later blocks.
     """
     head = tl.program_id(0)
     n = tl.program_id(1) // blocks
@@ -537,8 +538,14 @@ def suffix_kernel(
     if out is None:
         tl.store(sums + block * heads, total)
     else:
+        everything = total * 0.0
         for first in range(0, blocks, BLOCKS):
             at = first + tl.arange(0, BLOCKS)
-            later = (at > block) & (at < blocks)
-            total += tl.sum(tl.load(sums + at * heads, mask=later, other=0.0), 0)
-        tl.store(out + slots * heads + head, (total - tl.cumsum(x, 0) + x).to(tl.float32), mask=valid)
+            part = tl.load(sums + at * heads, mask=at < blocks, other=0.0)
+            everything += tl.sum(part, 0)
+            total += tl.sum(tl.where(at > block, part, 0.0), 0)
+        found = total - tl.cumsum(x, 0) + x
+        if CENTRED:
+            left = length - block * BLOCK - tl.arange(0, BLOCK)
+            found -= everything / tl.maximum(length, 1) * left
+        tl.store(out + slots * heads + head, found.to(tl.float32), mask=valid)

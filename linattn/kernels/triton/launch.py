@@ -20,7 +20,7 @@ Fields = TypeVar("Fields", bound=tuple[Any, ...])
 def changed(x: Fields, **changes: Any) -> Fields:
     """A named tuple with some fields changed; its own method for that breaks graphs of torch 2.11."""
     names = x._fields  # type: ignore[attr-defined]
-    return type(x)(*[changes.get(name, value) for name, value in zip(names, x, strict=True)])
+    return type(x)(*[changes[name] if name in changes else getattr(x, name) for name in names])
 
 
 class Inputs(NamedTuple):
@@ -756,7 +756,11 @@ def _sum_heads(d: Tensor, heads: int, like: Tensor | None) -> Tensor:
 
 
 def _suffix_sums(d: Tensor | None, minus: Tensor, x: Inputs, s: _Shape) -> Tensor:
-    """Σ from each token to its sequence's end of ``d [B, T, H]``, summed per key head, less ``minus [B, T, Hkv]``."""
+    """Σ from each token to its sequence's end of ``d [B, T, H]``, summed per key head, less ``minus [B, T, Hkv]``.
+
+    Every pair adds the same to a query's term and to a key's, so that without a state all terms of a sequence sum to
+    zero. What rounding makes of that sum is taken from all of them alike: it would add up along the sequence.
+    """
     out = torch.zeros_like(minus)
     blocks = -(-s.length // SUFFIX_BLOCK)
     sums = torch.empty(s.sequences * blocks, s.kv_heads, dtype=torch.float64, device=minus.device)
@@ -764,7 +768,8 @@ def _suffix_sums(d: Tensor | None, minus: Tensor, x: Inputs, s: _Shape) -> Tenso
         launch(
             backward.suffix_kernel, (s.kv_heads, s.sequences * blocks),
             minus if d is None else d, minus, sums, target, x.lengths, x.starts, s.length, blocks, s.kv_heads,
-            G=s.heads // s.kv_heads, BLOCK=SUFFIX_BLOCK, BLOCKS=128, PACKED=s.packed, PLUS=d is not None, num_warps=4,
+            G=s.heads // s.kv_heads, BLOCK=SUFFIX_BLOCK, BLOCKS=128, PACKED=s.packed, PLUS=d is not None,
+            CENTRED=x.state_kv is None, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -255,8 +255,11 @@ _library = torch.library.Library("linattn", "DEF")
 
 
 def _call(op: Any, x: Inputs, o: Options, c: Config, *extra: Tensor) -> tuple[Tensor, ...]:
-    ints = [int(v) if isinstance(v, bool) else v for v in [getattr(o, n) for n in _INTS]]
-    return op(*x, *extra, ints + list(c), [getattr(o, n) for n in _FLOATS], o.activation)
+    # By name throughout: torch 2.11 cannot trace how a named tuple is taken apart.
+    tensors = [getattr(x, n) for n in Inputs._fields]
+    ints = [getattr(o, n) for n in _INTS] + [getattr(c, n) for n in Config._fields]
+    ints = [int(v) if isinstance(v, bool) else v for v in ints]
+    return op(*tensors, *extra, ints, [getattr(o, n) for n in _FLOATS], o.activation)
 
 
 def _settings(ints: list[int], floats: list[float], activation: str) -> tuple[Options, Config]:
