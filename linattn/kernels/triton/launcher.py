@@ -29,20 +29,22 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     rest = tuple([constants[name] for name in kernel.arg_names[len(args) :]])
-    key = (
-        kernel,
-        args[0].get_device(),
-        num_warps,
-        num_stages,
-        rest,
-        *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a for a in args],
-    )
-    found = _compiled.get(key)
+    key: list[Any] = [kernel, args[0].get_device(), num_warps, num_stages, rest]
+    values: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            pointer = arg.data_ptr()
+            values.append(pointer)  # Triton's launcher takes an address as it is, and asks a tensor for it
+            key.append((arg.dtype, pointer % 16))
+        else:
+            values.append(arg)
+            key.append(arg)
+    found = _compiled.get(tuple(key))
     if found is None:
         found = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         if len(_compiled) >= _MOST:
             _compiled.clear()
         if hasattr(found, "run"):
-            _compiled[key] = found
+            _compiled[tuple(key)] = found
         return
-    found[(*grid, 1, 1)[:3]](*args, *rest)
+    found[(*grid, 1, 1)[:3]](*values, *rest)

@@ -167,11 +167,13 @@ def test_heads_can_be_compared_alone(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("length", [100, 131072])
-def test_shipped_search(dtype: torch.dtype, length: int, tmp_path: Path) -> None:
-    problem = Problem(1, length, 16, 16, 64, 64, dtype=dtype)
+@pytest.mark.parametrize("window", [0, 128])
+def test_shipped_search(dtype: torch.dtype, length: int, window: int, tmp_path: Path) -> None:
+    problem = Problem(1, length, 16, 16, 64, 64, window=window, dtype=dtype)
     start = Config()
     plan = tune.steps(problem, start, Chip("sm_90", 132, 232448))
-    assert [step.name for step in plan] == ["chunk", "segments", "forward", "fold", "dq", "dkv"]
+    near = ["near"] if window else []
+    assert [step.name for step in plan] == ["chunk", "segments", "forward", "fold", "dq", "dkv", *near]
     counts = [c["programs"] // 16 for c in plan[1].candidates]
     assert counts == [1] if length == 100 else counts[:3] == [1, 2, 4]
     for step in plan:
