@@ -26,6 +26,7 @@ from linattn.kernels.triton.device import (
     load_rows,
     locate,
     store_rows,
+    two_terms,
     weigh,
 )
 
@@ -80,6 +81,22 @@ def store_map_gradient(
 
 
 @triton.jit
+def through_memory(
+    y, S, PRECISE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """``y [C, BV]`` times a memory's sums ``[BV, BF]``, which are in two terms if PRECISE.
+
+    A memory changes slowly: what rounding makes of it is the same for many tokens, and gradients of log-scales and
+    decays add it up over all of them.
+    """
+    high, low = two_terms(S, OT)
+    found = tl.dot(y, high, input_precision=PRECISION)
+    if PRECISE and tl.bfloat16 == OT:
+        found = tl.dot(y, low, found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
 def dq_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     qf, qf_b, qf_t: tl.constexpr, qf_h,
@@ -110,6 +127,7 @@ def dq_kernel(
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
     MILD: tl.constexpr,
+    PRECISE: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -154,7 +172,7 @@ def dq_kernel(
         gate = tl.full([], 0.0, tl.float32)
 
         # The memory: all earlier chunks.
-        dphi = tl.dot(xdo, S.to(OT), input_precision=PRECISION)
+        dphi = through_memory(xdo, S, PRECISE, OT, PRECISION)
         dphi -= row_delta[:, None] * tl.sum(z, 0)[None, :]
         log_m = log_row
         if KLOG:
@@ -264,6 +282,7 @@ def dkv_kernel(
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
     MILD: tl.constexpr,
+    PRECISE: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -341,9 +360,8 @@ def dkv_kernel(
         if key_log is not None:
             log_k = tl.load(column(key_log + key_stat, first, kv_heads, C), mask=valid, other=0.0)
         phi_k = phi_k.to(OT)
-        low = R.to(OT)
-        dxv = tl.dot(phi_k, tl.trans(low), input_precision=PRECISION)
-        dphi = tl.dot(xv, low, input_precision=PRECISION)
+        dxv = tl.dot(phi_k, tl.trans(R.to(OT)), input_precision=PRECISION)
+        dphi = through_memory(xv, R, PRECISE, OT, PRECISION)
         dphi += tl.sum(z, 0)[None, :]
         if not FACTORED or DECAY:
             log_m = to_end

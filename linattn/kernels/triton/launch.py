@@ -473,7 +473,8 @@ def final_memory_backward(
         None, None, None,
         dphi, dv, dlog,
         o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, **dims,
+        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, PRECISE=dlog is not None,
+        **dims,
         num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
     if not given:
@@ -611,7 +612,8 @@ def attend_backward(
             scaled, relative, delta,
             dphi, dlog_q if given else None,
             o.norm, o.constant, s.length, s.segments, o.segment,
-            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **far_dims,
+            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top,
+            PRECISE=dlog_q is not None, **far_dims,
             num_warps=c.dq_warps, num_stages=c.dq_stages,
         )  # fmt: skip
         if not given:
@@ -699,7 +701,7 @@ def attend_backward(
                 dphi, dv, dlog_k,
                 o.norm, o.constant, s.length, s.segments, o.segment,
                 C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top,
-                **far_dims,
+                PRECISE=dlog_k is not None, **far_dims,
                 num_warps=c.dkv_warps, num_stages=c.dkv_stages,
             )  # fmt: skip
             if not given:
