@@ -45,6 +45,7 @@ def fold_kernel(
     C: tl.constexpr,
     GAP: tl.constexpr,
     SKIPPED: tl.constexpr,
+    PLACE: tl.constexpr,
     SINKS: tl.constexpr,
     ACT: tl.constexpr,
     LOW: tl.constexpr,
@@ -57,7 +58,8 @@ def fold_kernel(
     """One segment of one key head: keys and values, or in REVERSE its G heads of queries and output gradients.
 
     H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient over the normaliser, and the queries of
-    a segment are those GAP rows later. SKIPPED leaves out the last (in REVERSE the first) segment of each sequence.
+    a segment are those GAP rows later. SKIPPED leaves out the last (in REVERSE the first) segment of each sequence;
+    sums go PLACE segments on.
     """
     head = tl.program_id(0)
     pid = tl.program_id(1)
@@ -128,7 +130,7 @@ def fold_kernel(
             S, z = join(S, z, weighed, ys, z_weight, keep, LOG or DECAY, not REVERSE, OT, PRECISION)
     f = tl.arange(0, BF)
     v = tl.arange(0, BV)
-    place = pid.to(tl.int64) * kv_heads + head
+    place = (pid + PLACE).to(tl.int64) * kv_heads + head
     pointers = out_kv + (place * F + f[None, :]) * V + v[:, None]
     tl.store(pointers, S, mask=(f < F)[None, :] & (v < V)[:, None])
     tl.store(out_k + place * F + f, tl.sum(z, 0), mask=f < F)

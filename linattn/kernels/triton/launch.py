@@ -331,6 +331,7 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
         BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=0, SKIPPED=skip,
+        PLACE=1 if skip and s.segments == 2 and x.state_kv is None else 0,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
         REVERSE=False, PACKED=s.packed,
         num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype, _tf32()),
@@ -360,6 +361,8 @@ def _scan(
 ) -> tuple[Memory, Memory | None]:
     """Memories before (in reverse: after) each segment, in place, and the sum of them all if ``end``."""
     kv, k, m, gate = parts
+    if s.segments == 2 and not s.packed and start is None and not end:
+        return Memory(kv, k, m), None  # the other segment's sums lie where they are read
     features, value_dim = kv.shape[2:]
     out_m = torch.empty_like(m)
     total = None
@@ -666,6 +669,7 @@ def attend_backward(
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
             BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=gap, SKIPPED=skip,
+            PLACE=-1 if skip and s.segments == 2 else 0,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=s.top,
             REVERSE=True, PACKED=s.packed,
             num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
