@@ -63,6 +63,25 @@ def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
     assert graphs == 1, f"compiled {graphs} graphs for two lengths"
 
 
+@pytest.mark.parametrize("forgets", [0.0, 3.0, 1e4])
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["pure", "hybrid"])
+def test_mild_and_strong_decays_equal_the_reference(options: dict[str, Any], forgets: float) -> None:
+    """Chunks that forget little have factors for weights; in the others every pair is weighed by itself."""
+    phi = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    wide = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE).double()
+    wide.load_state_dict(phi.state_dict())
+    decay = gates(40).detach()
+    decay[:, 5::13] -= forgets
+
+    def run(impl: str, map_: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs(40), decay)]
+        out = kernel_attention(*leaves[:3], decay=leaves[3], feature_map=map_, impl=impl, **options).out
+        return [out, *torch.autograd.grad(out.sin().sum(), [*leaves, *map_.parameters()])]
+
+    for found, want in zip(run("triton", phi, torch.float32), run("reference", wide, torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
+
+
 def operator_arguments() -> tuple[Any, ...]:
     q, k, v = inputs(19)
     options = Options(5, 0, True, 8, 6, "given", False, 0.3, 0.0, 0.0, 0.0, False, 16)
