@@ -20,7 +20,8 @@ from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
 from linattn.kernels.triton import ops, step
 from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens
-from linattn.kernels.triton.launch import INTERPRETED, NARROWEST, Inputs, Memory, Options, block, changed, rows
+from linattn.kernels.triton.launch import NARROWEST, Inputs, Memory, Options, block, changed, rows
+from linattn.kernels.triton.runtime import INTERPRETED
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
 

@@ -21,6 +21,7 @@ from linattn.kernels.triton.device import (
     features_backward,
     gates,
     join,
+    load_features,
     load_map,
     load_memory,
     load_rows,
@@ -145,6 +146,8 @@ def dq_kernel(
     BIAS: tl.constexpr = key_bias is not None
     stat = origin * H + head
     key_stat = origin * kv_heads + kv_head
+    if key_log is not None:
+        key_log += key_stat
 
     v += row64 * v_b + start * v_t + kv_head * v_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
@@ -185,12 +188,10 @@ def dq_kernel(
             if SINKS > 0:
                 counts = valid & (base + rows >= SINKS)
             xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-            xk = load_rows(kf, first, kf_t, valid, DF, BDF)
-            phi_k, log_k = features(
-                xk, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-            )
-            if key_log is not None:
-                log_k = tl.load(column(key_log + key_stat, first, kv_heads, C), mask=valid, other=0.0)
+            phi_k, log_k = load_features(
+                kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
+                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+            )  # fmt: skip
             if SINKS > 0 and not (KLOG or DECAY):
                 phi_k = tl.where(counts[:, None], phi_k, 0.0)
             phi_k = phi_k.to(OT)
@@ -303,6 +304,8 @@ def dkv_kernel(
     BIAS: tl.constexpr = key_bias is not None
     FACTORED: tl.constexpr = QUERIES and not KLOG  # a pair's weight is one of the key times one of the query
     key_stat = origin * kv_heads + kv_head
+    if key_log is not None:
+        key_log += key_stat
 
     v += row64 * v_b + start * v_t + kv_head * v_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
@@ -353,12 +356,10 @@ def dkv_kernel(
 
         # The memory: all queries of later chunks.
         xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-        xk = load_rows(kf, first, kf_t, valid, DF, BDF)
-        phi_k, log_k = features(
-            xk, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-        )
-        if key_log is not None:
-            log_k = tl.load(column(key_log + key_stat, first, kv_heads, C), mask=valid, other=0.0)
+        phi_k, log_k = load_features(
+            kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
+            DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+        )  # fmt: skip
         phi_k = phi_k.to(OT)
         dxv = tl.dot(phi_k, tl.trans(R.to(OT)), input_precision=PRECISION)
         dphi = through_memory(xv, R, PRECISE, OT, PRECISION)
@@ -390,10 +391,10 @@ def dkv_kernel(
                         query_weight, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
                         DF, F, BDF, BF, ACT, OT,
                     )  # fmt: skip
-                xq = load_rows(qf + head * qf_h, at, qf_t, there, DF, BDF)
-                phi_q, _ = features(
-                    xq, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-                )
+                phi_q, _ = load_features(
+                    qf + head * qf_h, at, qf_t, there, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, None, H,
+                    DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+                )  # fmt: skip
                 phi_q = phi_q.to(OT)
                 log_row = tl.zeros([C], tl.float32)
                 weighs = there

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+
+from linattn.kernels.triton import runtime
 
 EMPTY = tl.constexpr(-1e30)
 """Log-weight of nothing, as linattn.state.EMPTY_LOG_SCALE."""
@@ -25,8 +26,7 @@ MIRRORED = tl.constexpr(6)
 ACTIVATIONS = {"given": 0, "relu": 1, "elu": 2, "softmax": 3, "exp": 4, "product": 5, "mirrored": 6}
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NVIDIA = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+NVIDIA = tl.constexpr(runtime.NVIDIA)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -86,6 +86,18 @@ def locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PA
     else:
         base = tl.load(bases + n).to(tl.int32)
     return n, s, row, start, length, base
+
+
+@triton.jit
+def locate_chunk(
+    chunk, segments, segment, T, starts, lengths, bases, seg_sequence, seg_first, C: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Chunk ``chunk`` of all segments: its sequence, first row in it, batch row, first slot, tokens and base."""
+    per = segment // C
+    n, s, row, start, length, base = locate(
+        chunk // per, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED
+    )
+    return n, (s * per + chunk % per) * C, row.to(tl.int64), start, length, base
 
 
 @triton.jit
@@ -260,6 +272,20 @@ def features(
         phi = phi / top[:, None]
         log_scale = tl.log(top)
     return phi, log_scale
+
+
+@triton.jit
+def load_features(
+    x, first, stride, valid, w0, w1, l0, l1, c0, c1, norm, constant, log_scale, log_stride,
+    D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, ACT: tl.constexpr,
+    PROJECT: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Features ``[C, BF]`` and log-scale ``[C]``, which given ones bring along, of the rows of ``x`` from ``first``."""
+    xs = load_rows(x, first, stride, valid, D, BD)
+    phi, logs = features(xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+    if log_scale is not None:
+        logs = tl.load(column(log_scale, first, log_stride, valid.shape[0]), mask=valid, other=0.0)
+    return phi, logs
 
 
 @triton.jit

@@ -14,9 +14,9 @@ from linattn.kernels.triton.device import (
     column,
     empty_memory,
     exp,
-    features,
     gates,
     join,
+    load_features,
     load_map,
     load_rows,
     locate,
@@ -106,14 +106,13 @@ def fold_kernel(
                 w0, w1, l0, l1, c0, c1 = load_map(
                     weight, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT, OT
                 )
-            xs = load_rows(x + hx * x_h, at_x, x_t, valid, D, BD)
             ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)
-            phi, logs = features(
-                xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-            )
             stat = origin * H + hx
-            if log_scale is not None:
-                logs = tl.load(column(log_scale + stat, at_x, H, C), mask=valid, other=0.0)
+            phi, logs = load_features(
+                x + hx * x_h, at_x, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant,
+                None if log_scale is None else log_scale + stat, H,
+                D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+            )  # fmt: skip
             log_weight = along
             step = gate
             if REVERSE:

@@ -14,9 +14,9 @@ from linattn.kernels.triton.device import (
     column,
     differences,
     exp,
-    features,
     gates,
     join,
+    load_features,
     load_map,
     load_memory,
     load_rows,
@@ -85,6 +85,10 @@ def attend_kernel(
     PARTIAL: tl.constexpr = out_num is not None
     stat = origin * H + head
     key_stat = origin * kv_heads + kv_head
+    if key_log is not None:
+        key_log += key_stat
+    if query_log is not None:
+        query_log += stat
 
     v += row64 * v_b + start * v_t + kv_head * v_h
     qf += row64 * qf_b + start * qf_t + head * qf_h
@@ -120,12 +124,10 @@ def attend_kernel(
             if SINKS > 0:
                 counts = valid & (base + rows >= SINKS)
             xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-            xk = load_rows(kf, first, kf_t, valid, DF, BDF)
-            phi_k, log_k = features(
-                xk, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-            )
-            if key_log is not None:
-                log_k = tl.load(column(key_log + key_stat, first, kv_heads, C), mask=valid, other=0.0)
+            phi_k, log_k = load_features(
+                kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
+                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+            )  # fmt: skip
             if SINKS > 0 and not (KLOG or DECAY):
                 phi_k = tl.where(counts[:, None], phi_k, 0.0)
             phi_k = phi_k.to(OT)
@@ -136,10 +138,10 @@ def attend_kernel(
                 to_end += log_k
 
         # The memory: all earlier chunks.
-        xq = load_rows(qf, at, qf_t, there, DF, BDF)
-        phi_q, log_q = features(
-            xq, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION
-        )
+        phi_q, log_q = load_features(
+            qf, at, qf_t, there, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, query_log, H,
+            DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+        )  # fmt: skip
         phi_q = phi_q.to(OT)
         num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
         mass = mass_of(phi_q, z, OT, PRECISION)
@@ -183,8 +185,6 @@ def attend_kernel(
             num = tl.dot(kernel.to(OT), xv, num, input_precision=PRECISION)
             S, z = join(S, z, weighed, xv, counts.to(tl.float32), keep, KLOG or DECAY, True, OT, PRECISION)
 
-        if query_log is not None:
-            log_q = tl.load(column(query_log + stat, at, H, C), mask=there, other=0.0)
         if far_bias is not None:
             log_q += tl.load(far_bias + head)
         if lag is not None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from linattn.kernels.triton import backward, fold, forward, window
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.device import ACTIVATIONS
-from linattn.kernels.triton.launcher import INTERPRETED, launch
+from linattn.kernels.triton.runtime import INTERPRETED, launch
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 def changed(x: Fields, **changes: Any) -> Fields:
-    """A named tuple with some fields changed; its own method for that breaks graphs of torch 2.11."""
+    """A named tuple with some fields changed; ``_replace`` iterates it, which torch 2.11 cannot trace."""
     names = x._fields  # type: ignore[attr-defined]
     return type(x)(*[changes[name] if name in changes else getattr(x, name) for name in names])
 

@@ -176,7 +176,7 @@ class _Fold(torch.autograd.Function):
 
 
 def _turn(t: Tensor, reverse: Tensor) -> Tensor:
-    return t.flatten(0, 1)[reverse].view(t.shape)
+    return t.flatten(0, 1)[reverse].view(t.shape) if t.numel() else t
 
 
 def _backwards(x: Inputs, reverse: Tensor) -> Inputs:
@@ -197,7 +197,6 @@ def _both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tenso
 
     first, top_first, mass_first = parts(out, stats)
     second, top_second, mass_second = (_turn(t, reverse) for t in parts(*back))
-    turn_relative = _turn(back[1].relative, reverse) if back[1].relative.numel() else back[1].relative
     top = torch.maximum(top_first, top_second)
     mass_first, mass_second = mass_first * (top_first - top).exp(), mass_second * (top_second - top).exp()
     mass = mass_first + mass_second
@@ -206,7 +205,7 @@ def _both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> tuple[Tenso
     def shifted(relative: Tensor, own: Tensor) -> Tensor:
         return torch.where(relative < -1e29, relative, relative + own - top) if relative.numel() else relative
 
-    relatives = shifted(stats.relative, top_first), shifted(turn_relative, top_second)
+    relatives = shifted(stats.relative, top_first), shifted(_turn(back[1].relative, reverse), top_second)
     wide = (first * mass_first[..., None] + second * mass_second[..., None]) * rden[..., None]
     out = wide.to(x.q.dtype)
     residual = (wide - out.float()).to(out.dtype) if stats.residual.numel() else stats.residual
@@ -225,7 +224,7 @@ def _both_ways_backward(
     out, top, relative, relative_back, rden, residual, *memories = output
     stats = Stats(top, relative, rden, residual, *memories[:3])
     grads = launch.attend_backward(x, o, c, out, stats, dout, needs)
-    turned = [_turn(t, reverse) if t.numel() else t for t in (top, relative_back, rden, residual)]
+    turned = [_turn(t, reverse) for t in (top, relative_back, rden, residual)]
     back = launch.attend_backward(
         _backwards(x, reverse),
         o._replace(strict=True, sinks=0),
@@ -249,7 +248,6 @@ _TENSORS = ", ".join(f"Tensor{'' if name == 'q' else '?'} {name}" for name in In
 _SETTINGS = "SymInt[] ints, float[] floats, str activation"
 _FLOATS = ("scale", "softcap", "norm", "constant")
 _INTS = tuple(name for name in Options._fields if name not in (*_FLOATS, "activation"))
-_NOTHING = (0, 0, 0)
 
 _library = torch.library.Library("linattn", "DEF")
 

@@ -15,7 +15,7 @@ from linattn.kernels.triton.device import (
     column,
     exp2,
     load_rows,
-    locate,
+    locate_chunk,
     normalise,
     store_output,
     store_rows,
@@ -119,14 +119,11 @@ def near_kernel(
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     kv_head = head // G
-    per = segment // C
-    n, s, row, start, length, base = locate(
-        chunk // per, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED
+    n, first, row64, start, length, base = locate_chunk(
+        chunk, segments, segment, T, starts, lengths, bases, seg_sequence, seg_first, C, PACKED
     )
-    i = s * per + chunk % per
-    if i * C >= length:
+    if first >= length:
         return
-    row64 = row.to(tl.int64)
     origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
     WHOLE: tl.constexpr = WINDOW // C  # blocks that lie in every query's window
@@ -137,7 +134,6 @@ def near_kernel(
     k += row64 * k_b + start * k_t + kv_head * k_h
     v += row64 * v_b + start * v_t + kv_head * v_h
 
-    first = i * C
     rows = first + tl.arange(0, C)
     valid = rows < length
     earlier = rows >= 0  # whole blocks before this one
@@ -152,12 +148,12 @@ def near_kernel(
         seen = own_block(rows[:, None], rows[None, :], C, WINDOW, LEAST)
         acc, den, top = attend_block(acc, den, top, xq, xk, xv, seen, scale, softcap, SOFTCAP, OT, PRECISION)
         if WHOLE > 1:
-            for j in range(1, tl.minimum(WHOLE, i + 1)):
+            for j in range(1, tl.minimum(WHOLE, first // C + 1)):
                 xk = load_rows(k, first - j * C, k_t, earlier, D, BD)
                 xv = load_rows(v, first - j * C, v_t, earlier, V, BV)
                 acc, den, top = attend_block(acc, den, top, xq, xk, xv, None, scale, softcap, SOFTCAP, OT, PRECISION)
         if REACH >= EDGE:
-            for j in range(EDGE, tl.minimum(REACH, i) + 1):
+            for j in range(EDGE, tl.minimum(REACH, first // C) + 1):
                 xk = load_rows(k, first - j * C, k_t, earlier, D, BD)
                 xv = load_rows(v, first - j * C, v_t, earlier, V, BV)
                 seen = rows[:, None] < (rows - j * C + WINDOW)[None, :]
@@ -243,14 +239,11 @@ def near_dq_kernel(
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     kv_head = head // G
-    per = segment // C
-    n, s, row, start, length, base = locate(
-        chunk // per, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED
+    n, first, row64, start, length, base = locate_chunk(
+        chunk, segments, segment, T, starts, lengths, bases, seg_sequence, seg_first, C, PACKED
     )
-    i = s * per + chunk % per
-    if i * C >= length:
+    if first >= length:
         return
-    row64 = row.to(tl.int64)
     origin = row64 * T + start
     kv_heads = H // G
     WHOLE: tl.constexpr = WINDOW // C
@@ -261,7 +254,6 @@ def near_dq_kernel(
     k += row64 * k_b + start * k_t + kv_head * k_h
     v += row64 * v_b + start * v_t + kv_head * v_h
 
-    first = i * C
     rows = first + tl.arange(0, C)
     valid = rows < length
     earlier = rows >= 0  # whole blocks before this one
@@ -279,12 +271,12 @@ def near_dq_kernel(
         seen = own_block(rows[:, None], rows[None, :], C, WINDOW, LEAST)
         dx = dq_block(dx, xq, xdo, row_delta, row_top, xk, xv, seen, scale, softcap, SOFTCAP, OT, PRECISION)
         if WHOLE > 1:
-            for j in range(1, tl.minimum(WHOLE, i + 1)):
+            for j in range(1, tl.minimum(WHOLE, first // C + 1)):
                 xk = load_rows(k, first - j * C, k_t, earlier, D, BD)
                 xv = load_rows(v, first - j * C, v_t, earlier, V, BV)
                 dx = dq_block(dx, xq, xdo, row_delta, row_top, xk, xv, None, scale, softcap, SOFTCAP, OT, PRECISION)
         if REACH >= EDGE:
-            for j in range(EDGE, tl.minimum(REACH, i) + 1):
+            for j in range(EDGE, tl.minimum(REACH, first // C) + 1):
                 xk = load_rows(k, first - j * C, k_t, earlier, D, BD)
                 xv = load_rows(v, first - j * C, v_t, earlier, V, BV)
                 seen = rows[:, None] < (rows - j * C + WINDOW)[None, :]
@@ -361,23 +353,19 @@ def near_dkv_kernel(
     kv_heads: tl.constexpr = H // G
     kv_head = tl.program_id(0) % kv_heads
     chunk = tl.program_id(0) // kv_heads
-    per = segment // C
-    n, s, row, start, length, base = locate(
-        chunk // per, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED
+    n, first, row64, start, length, base = locate_chunk(
+        chunk, segments, segment, T, starts, lengths, bases, seg_sequence, seg_first, C, PACKED
     )
-    i = s * per + chunk % per
-    if i * C >= length:
+    if first >= length:
         return
-    row64 = row.to(tl.int64)
     origin = row64 * T + start
     REACH: tl.constexpr = (WINDOW + C - 2) // C if WINDOW > 1 else 0
     LEAST: tl.constexpr = 1 if STRICT else 0
-    later = tl.minimum(tl.cdiv(length, C) - i, REACH + 1)  # blocks of queries from this one on
+    later = tl.minimum(tl.cdiv(length - first, C), REACH + 1)  # blocks of queries from this one on
     q += row64 * q_b + start * q_t
     k += row64 * k_b + start * k_t + kv_head * k_h
     v += row64 * v_b + start * v_t + kv_head * v_h
 
-    first = i * C
     rows = first + tl.arange(0, C)
     valid = rows < length
     xk = load_rows(k, first, k_t, valid, D, BD).to(OT)

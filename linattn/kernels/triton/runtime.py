@@ -1,16 +1,17 @@
-"""Launches that cost little: Triton compiles a kernel once, and later calls of the same kind start it directly."""
+"""How kernels run: interpreted or compiled, and started at little cost once they are compiled."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 """Triton's interpreter runs the kernels on the CPU; it is chosen before Triton is imported."""
-_DIRECT = torch.version.hip is None and not INTERPRETED
+NVIDIA = torch.version.hip is None and not INTERPRETED
+"""Kernels are compiled for a chip of this maker."""
 _MOST = 8192
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -25,7 +26,7 @@ def launch(
     takes longer than a small kernel runs. Here what it may have specialised on is the key itself: tensors count by
     dtype and alignment, everything else by value. The first argument is a tensor.
     """
-    if not _DIRECT:
+    if not NVIDIA:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     rest = tuple([constants[name] for name in kernel.arg_names[len(args) :]])
