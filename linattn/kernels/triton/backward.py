@@ -27,7 +27,6 @@ from linattn.kernels.triton.device import (
     load_rows,
     locate,
     store_rows,
-    two_terms,
     weigh,
 )
 
@@ -82,29 +81,13 @@ def store_map_gradient(
 
 
 @triton.jit
-def through_memory(
-    y, S, PRECISE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """``y [C, BV]`` times a memory's sums ``[BV, BF]``, which are in two terms if PRECISE.
-
-    A memory changes slowly: what rounding makes of it is the same for many tokens, and gradients of log-scales and
-    decays add it up over all of them.
-    """
-    high, low = two_terms(S, OT)
-    found = tl.dot(y, high, input_precision=PRECISION)
-    if PRECISE and tl.bfloat16 == OT:
-        found = tl.dot(y, low, found, input_precision=PRECISION)
-    return found
-
-
-@triton.jit
 def dq_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     qf, qf_b, qf_t: tl.constexpr, qf_h,
     kf, kf_b, kf_t: tl.constexpr, kf_h,
     key_weight, key_map_heads, key_bias,
     key_log,
-    decay, decay_b, decay_t: tl.constexpr, decay_h,
+    gate_sums, steep,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
     do, relative, delta,
@@ -127,8 +110,7 @@ def dq_kernel(
     LOW: tl.constexpr,
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
-    MILD: tl.constexpr,
-    PRECISE: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -141,7 +123,7 @@ def dq_kernel(
     row64 = row.to(tl.int64)
     origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
-    DECAY: tl.constexpr = decay is not None
+    DECAY: tl.constexpr = gate_sums is not None
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
     stat = origin * H + head
@@ -155,12 +137,17 @@ def dq_kernel(
         key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if DECAY:
-        decay += row64 * decay_b + start * decay_t + kv_head * decay_h
+        gate_sums += key_stat
     place = pid.to(tl.int64) * kv_heads + kv_head
+    if steep is not None:
+        if (tl.load(steep + place) != 0) != EXACT:
+            return
+    PAIRWISE: tl.constexpr = KLOG or EXACT
     S, z, m = load_memory(state_kv, state_k, state_m, place, s > 0 if FIRST_EMPTY else s >= 0, F, V, BF, BV, KLOG)
 
     begin = s * (segment // C)
     end = tl.minimum(begin + segment // C, tl.cdiv(length - GAP, C))
+    last = tl.minimum((s + 1) * segment, length) - 1
     local = tl.arange(0, C)
     for i in range(begin, end):
         first = i * C
@@ -172,63 +159,67 @@ def dq_kernel(
         log_row = tl.zeros([C], tl.float32)
         if TOP:
             log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
-        gate = tl.full([], 0.0, tl.float32)
 
-        # The memory: all earlier chunks.
-        dphi = through_memory(xdo, S, PRECISE, OT, PRECISION)
-        dphi -= row_delta[:, None] * tl.sum(z, 0)[None, :]
-        log_m = log_row
-        if KLOG:
-            log_m += m
-
-        # This chunk, token by token; then it joins the memory.
+        # The keys of this chunk, as in the forward pass.
         if KEYS:
             valid = rows < length
             counts = valid
             if SINKS > 0:
                 counts = valid & (base + rows >= SINKS)
+            counted = counts.to(tl.float32)
+            weight = None
+            if DECAY:
+                g, g_low, to_end, gate = gates(gate_sums, first, s * segment, last, kv_heads, C)
+            if not PAIRWISE:
+                if DECAY:
+                    weight = exp(tl.where(counts, to_end, EMPTY))
+                    S = S * exp(gate)
+                    z = z * exp(gate)
+                elif SINKS > 0:
+                    weight = counted
             xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
             phi_k, log_k = load_features(
                 kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
-                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight,
             )  # fmt: skip
-            if SINKS > 0 and not (KLOG or DECAY):
-                phi_k = tl.where(counts[:, None], phi_k, 0.0)
-            phi_k = phi_k.to(OT)
-            g = tl.zeros([C], tl.float32)
-            g_low = g
-            to_end = g
-            if DECAY:
-                g, g_low, to_end, gate64 = gates(decay, first, decay_t, valid)
-                gate += gate64.to(tl.float32)
-            if KLOG:
-                to_end += log_k
-            weighed, keep, m = weigh(m, phi_k, to_end, counts, gate, KLOG, DECAY, OT)
+
+        # The memory: all earlier chunks.
+        dphi = tl.dot(xdo, S.to(OT), input_precision=PRECISION)
+        dphi -= row_delta[:, None] * tl.sum(z, 0)[None, :]
+        log_m = log_row
+        if PAIRWISE:
+            log_m += m
+
+        # This chunk, token by token; then it joins the memory.
+        if KEYS:
             e = tl.dot(xdo, tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
             seen = local[:, None] >= local[None, :]
-            if SINKS > 0:
-                seen = seen & counts[None, :]
-            if KLOG:
-                log_w = differences(g, g_low) if DECAY else tl.zeros([C, C], tl.float32)
-                log_w = tl.minimum(log_w + log_k[None, :] + log_row[:, None], LARGEST_EXPONENT)
-                e = e * exp(tl.where(seen, log_w, EMPTY))
-                dphi = dphi * exp(tl.minimum(log_m + g, LARGEST_EXPONENT))[:, None]
+            if PAIRWISE:
+                if SINKS > 0:
+                    seen = seen & counts[None, :]
+                log_w = tl.zeros([C, C], tl.float32) + log_k[None, :] + log_row[:, None]
+                log_weight = log_k
+                step = 0.0
+                if DECAY:
+                    log_m += g
+                    log_w += differences(g, g_low)
+                    log_weight += to_end
+                    step = gate
+                e = e * exp(tl.where(seen, tl.minimum(log_w, LARGEST_EXPONENT), EMPTY))
+                dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
                 dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
-            elif DECAY:
-                if gate > -MILD:  # everything relative to the end of the chunk
-                    e = tl.where(seen, e, 0.0)
-                    dphi = tl.dot(e.to(OT), weighed, dphi * keep, input_precision=PRECISION)
-                    log_row += g - gate
-                else:
-                    e = e * exp(tl.where(seen, differences(g, g_low), EMPTY))
-                    dphi = tl.dot(e.to(OT), phi_k, dphi * exp(g)[:, None], input_precision=PRECISION)
-                dphi = dphi * exp(tl.minimum(log_row, LARGEST_EXPONENT))[:, None]
+                weight, keep, m = weigh(m, log_weight, counts, step, True)
+                phi_k = (phi_k.to(tl.float32) * weight[:, None]).to(OT)
+                S = S * keep
+                z = z * keep
             else:
                 e = tl.where(seen, e, 0.0)
+                if DECAY:
+                    log_row += g - gate
                 dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
-                if TOP:
+                if TOP or DECAY:
                     dphi = dphi * exp(tl.minimum(log_row, LARGEST_EXPONENT))[:, None]
-            S, z = join(S, z, weighed, xv, counts.to(tl.float32), keep, KLOG or DECAY, True, OT, PRECISION)
+            S, z = join(S, z, phi_k, xv, counted, True, OT, PRECISION)
         elif TOP:
             dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
 
@@ -239,17 +230,14 @@ def dq_kernel(
 
 
 @triton.jit
-def pair_weights(
-    g, g_low, log_k, log_row, seen, KLOG: tl.constexpr, DECAY: tl.constexpr
-):  # fmt: skip
-    """Weights ``[keys, queries]`` of a chunk's pairs, each by itself."""
-    if DECAY:
-        exponent = log_row[None, :] - differences(g, g_low)
-    else:
-        exponent = tl.zeros([g.shape[0], g.shape[0]], tl.float32) + log_row[None, :]
-    if KLOG:
-        exponent += log_k[:, None]
-    return exp(tl.where(seen, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
+def from_memory(x, R, z, factor, OT: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows of ``x R``, plus the sum of the rows of ``z``, times ``factor [C]``; None counts as nothing."""
+    found = tl.dot(x, R.to(OT), input_precision=PRECISION)
+    if z is not None:
+        found += tl.sum(z, 0)[None, :]
+    if factor is not None:
+        found = found * factor[:, None]
+    return found
 
 
 @triton.jit
@@ -259,7 +247,7 @@ def dkv_kernel(
     kf, kf_b, kf_t: tl.constexpr, kf_h,
     query_weight, key_weight, query_map_heads, key_map_heads, query_bias, key_bias,
     key_log,
-    decay, decay_b, decay_t: tl.constexpr, decay_h,
+    gate_sums, steep,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
     do, relative, delta,
@@ -282,16 +270,16 @@ def dkv_kernel(
     LOW: tl.constexpr,
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
-    MILD: tl.constexpr,
-    PRECISE: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The far part's gradients of the keys' features ``[B, T, Hkv, F]`` and log-scales, and of the values.
+    """The far part's gradients of the keys' features ``[B, T, Hkv, F]``, of given ones' log-scales, and of the values.
 
     Tiles are ``[keys, queries]``. Without QUERIES the state is all that reads the keys: it holds the gradient of a
-    final memory.
+    final memory. FACTORED weights of pairs are one factor of the key and one of the query, relative to the chunk's
+    start.
     """
     kv_head = tl.program_id(0)
     pid = tl.program_id(1)
@@ -299,10 +287,11 @@ def dkv_kernel(
     row64 = row.to(tl.int64)
     origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
-    DECAY: tl.constexpr = decay is not None
+    DECAY: tl.constexpr = gate_sums is not None
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
-    FACTORED: tl.constexpr = QUERIES and not KLOG  # a pair's weight is one of the key times one of the query
+    FACTORED: tl.constexpr = QUERIES and not KLOG and not EXACT
+    SINGLE: tl.constexpr = QUERIES and G == 1  # one query head: what needs most registers comes last
     key_stat = origin * kv_heads + kv_head
     if key_log is not None:
         key_log += key_stat
@@ -328,15 +317,19 @@ def dkv_kernel(
                 OT,
             )
     if DECAY:
-        decay += row64 * decay_b + start * decay_t + kv_head * decay_h
+        gate_sums += key_stat
 
     place = pid.to(tl.int64) * kv_heads + kv_head
+    if steep is not None:
+        if (tl.load(steep + place) != 0) != EXACT:
+            return
     R, z, m = load_memory(
         state_kv, state_k, state_m, place, s < segments - 1 if LAST_EMPTY else s >= 0, F, V, BF, BV, TOP
     )
 
     begin = s * (segment // C)
     end = tl.minimum(begin + segment // C, tl.cdiv(length, C))
+    last = tl.minimum((s + 1) * segment, length) - 1
     local = tl.arange(0, C)
     for step in range(0, end - begin):
         first = (end - 1 - step) * C
@@ -345,47 +338,69 @@ def dkv_kernel(
         counts = valid
         if SINKS > 0:
             counts = valid & (base + rows >= SINKS)
+        at = first + GAP
+        there = rows + GAP < length
         g = tl.zeros([C], tl.float32)
         g_low = g
         to_end = g
         gate = tl.full([], 0.0, tl.float32)
         if DECAY:
-            g, g_low, to_end, gate64 = gates(decay, first, decay_t, valid)
-            gate += gate64.to(tl.float32)
-        mild = gate > -MILD
+            g, g_low, to_end, gate = gates(gate_sums, first, s * segment, last, kv_heads, C)
+
+        new = m
+        key_factor = None
+        if FACTORED and (TOP or DECAY):
+            if TOP:
+                new += gate
+                for group in range(G):
+                    pointers = column(relative + origin * H + kv_head * G + group, at, H, C)
+                    log_row = tl.load(pointers, mask=there, other=EMPTY)
+                    new = tl.maximum(new, tl.max(tl.where(log_row > EMPTY / 4, log_row + g, EMPTY), 0))
+            keep = exp(m + gate - new)
+            R = R * keep
+            z = z * keep
+            m = new
+            key_factor = exp(tl.where(counts, tl.minimum(new - g, LARGEST_EXPONENT), EMPTY))
+        elif FACTORED and SINKS > 0:
+            key_factor = counts.to(tl.float32)
 
         # The memory: all queries of later chunks.
         xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
         phi_k, log_k = load_features(
             kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
-            DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+            DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, key_factor,
         )  # fmt: skip
-        phi_k = phi_k.to(OT)
-        dxv = tl.dot(phi_k, tl.trans(R.to(OT)), input_precision=PRECISION)
-        dphi = through_memory(xv, R, PRECISE, OT, PRECISION)
-        dphi += tl.sum(z, 0)[None, :]
-        if not FACTORED or DECAY:
+        factor = None
+        if not FACTORED:
             log_m = to_end
             if TOP:
                 log_m += m
             if KLOG:
                 log_m += log_k
             factor = exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
-            if FACTORED:
-                factor = tl.where(mild, 1.0, factor)
-            dxv = dxv * factor[:, None]
-            dphi = dphi * factor[:, None]
+        if SINGLE:
+            dxv = tl.zeros([C, BV], tl.float32)
+            dphi = tl.zeros([C, BF], tl.float32)
+        else:
+            dxv = from_memory(phi_k, tl.trans(R), None, factor, OT, PRECISION)
+            dphi = from_memory(xv, R, z, factor, OT, PRECISION)
 
         # This chunk, token by token; then its queries join the memory.
         if QUERIES:
-            at = first + GAP
-            there = rows + GAP < length
             seen = local[None, :] >= local[:, None]
             for group in range(G):
                 head = kv_head * G + group
                 stat = origin * H + head
                 xdo = load_rows(do + stat * V, at, H * V, there, V, BV).to(OT)
                 row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
+                log_row = tl.zeros([C], tl.float32)
+                weighs = there
+                if TOP:
+                    log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
+                    weighs = log_row > EMPTY / 4
+                query_factor = None
+                if FACTORED and (TOP or DECAY):
+                    query_factor = exp(tl.where(weighs, log_row + g - m, EMPTY))
                 if G > 1:
                     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
                         query_weight, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
@@ -393,54 +408,37 @@ def dkv_kernel(
                     )  # fmt: skip
                 phi_q, _ = load_features(
                     qf + head * qf_h, at, qf_t, there, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, None, H,
-                    DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+                    DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, query_factor,
                 )  # fmt: skip
-                phi_q = phi_q.to(OT)
-                log_row = tl.zeros([C], tl.float32)
-                weighs = there
-                if TOP:
-                    log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
-                    weighs = log_row > EMPTY / 4
-                joined = gate
-                if G > 1:
-                    joined = tl.where(group == 0, gate, 0.0)
-                weighed, keep, m = weigh(m, phi_q, g + log_row, weighs, joined, TOP, DECAY, OT)
                 e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
-                pairs = seen & counts[:, None] if SINKS > 0 else seen
-                if FACTORED and (TOP or DECAY):
-                    scale = tl.where(mild, keep, 1.0) if DECAY else keep
-                    dxv = dxv * scale
-                    dphi = dphi * scale
-                # Where a pair's weight has no factors within the range of numbers, it is computed by itself.
-                paired = weighed
+                kernel = tl.dot(phi_k, tl.trans(phi_q), input_precision=PRECISION)
                 if not FACTORED:
-                    paired = phi_q
-                elif DECAY:
-                    paired = tl.where(mild, weighed, phi_q)
-                kernel = tl.dot(phi_k, tl.trans(paired), input_precision=PRECISION)
-                if not FACTORED:
-                    weight = pair_weights(g, g_low, log_k, log_row, pairs, KLOG, DECAY)
+                    pairs = seen & counts[:, None] if SINKS > 0 else seen
+                    exponent = tl.zeros([C, C], tl.float32) + log_row[None, :]
+                    if DECAY:
+                        exponent -= differences(g, g_low)
+                    if KLOG:
+                        exponent += log_k[:, None]
+                    weight = exp(tl.where(pairs, tl.minimum(exponent, LARGEST_EXPONENT), EMPTY))
                     kernel = kernel * weight
                     e = e * weight
                 else:
                     kernel = tl.where(seen, kernel, 0.0)
                     e = tl.where(seen, e, 0.0)
-                    if DECAY:
-                        if not mild:
-                            kernel = kernel * pair_weights(g, g_low, log_k, log_row, pairs, KLOG, DECAY)
-                            e = e * pair_weights(g, g_low, log_k, log_row, pairs, KLOG, DECAY)
+                if SINGLE:
+                    dxv = from_memory(phi_k, tl.trans(R), None, factor, OT, PRECISION)
                 dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
-                dphi = tl.dot(e.to(OT), paired, dphi, input_precision=PRECISION)
-                R, z = join(R, z, weighed, xdo, -row_delta, keep, TOP or DECAY, False, OT, PRECISION)
-            if FACTORED and (TOP or DECAY or SINKS > 0):
-                log_m = -g
-                if TOP:
-                    log_m += m
-                factor = exp(tl.where(counts, tl.minimum(log_m, LARGEST_EXPONENT), EMPTY))
-                if DECAY:
-                    factor = tl.where(mild, factor, 1.0)
-                dxv = dxv * factor[:, None]
-                dphi = dphi * factor[:, None]
+                if SINGLE:
+                    store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
+                    dphi = from_memory(xv, R, z, factor, OT, PRECISION)
+                dphi = tl.dot(e.to(OT), phi_q, dphi, input_precision=PRECISION)
+                if not FACTORED:
+                    moved = tl.where(group == 0, gate, 0.0)
+                    row_weight, keep, m = weigh(m, g + log_row, weighs, moved, TOP)
+                    phi_q = (phi_q.to(tl.float32) * row_weight[:, None]).to(OT)
+                    R = R * keep
+                    z = z * keep
+                R, z = join(R, z, phi_q, xdo, -row_delta, False, OT, PRECISION)
         elif DECAY:
             # What reads an earlier chunk stands further from it by this chunk's gates.
             if TOP:
@@ -449,9 +447,12 @@ def dkv_kernel(
                 R = R * exp(gate)
                 z = z * exp(gate)
 
-        store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
         if dlog is not None:
             tl.store(column(dlog + key_stat, first, kv_heads, C), tl.sum(phi_k * dphi, 1), mask=valid)
+        if key_factor is not None:
+            dphi = dphi * key_factor[:, None]
+        if not SINGLE:
+            store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
         store_rows(dphi_k + key_stat * F, first, kv_heads * F, valid, dphi, F, BF)
 
 
@@ -519,52 +520,61 @@ def map_kernel(
 
 
 @triton.jit
-def load_terms(
-    d, minus, first, row, start, length, head, T, heads, G: tl.constexpr, BLOCK: tl.constexpr, PLUS: tl.constexpr
-):  # fmt: skip
-    """``d`` summed over its G heads less ``minus``, of BLOCK tokens from ``first``, and where they are."""
-    at = first + tl.arange(0, BLOCK)
-    valid = at < length
-    slots = row * T + start + at.to(tl.int64)
-    x = tl.zeros([BLOCK], tl.float32)
-    if PLUS:
-        for g in tl.static_range(G):
-            x += tl.load(d + (slots * heads + head) * G + g, mask=valid, other=0.0)
-    x -= tl.load(minus + slots * heads + head, mask=valid, other=0.0)
-    return x.to(tl.float64), slots, valid
+def load_terms(d, slots, valid, head, heads, G: tl.constexpr):
+    """``d [B, T, heads · G]`` of one head at ``slots``, summed over its G."""
+    x = tl.zeros([slots.shape[0]], tl.float32)
+    for g in tl.static_range(G):
+        x += tl.load(d + (slots * heads + head) * G + g, mask=valid, other=0.0)
+    return x.to(tl.float64)
 
 
 @triton.jit
-def suffix_kernel(
-    d, minus, sums, out, lengths, starts, T, blocks, heads,
-    G: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PACKED: tl.constexpr, PLUS: tl.constexpr,
-    CENTRED: tl.constexpr,
+def decay_kernel(
+    d, minus, boundaries, out, starts, lengths, bases, seg_sequence, seg_first, T, segments, segment, heads,
+    G: tl.constexpr, GAP: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, STATE: tl.constexpr,
+    PLUS: tl.constexpr,
 ):  # fmt: skip
-    """Σ from each token to its sequence's end of ``d [B, T, heads · G]`` (summed over G) − ``minus [B, T, heads]``.
+    """Gradients of one segment's log-decays: what is read across each token, ``out [B, T, heads]``.
 
-    Without PLUS ``d`` counts as zero; CENTRED takes the mean of its sequence from each term. One program takes one
-    block of tokens: first, without ``out``, for its total in ``sums``; then with the totals of all later blocks.
+    That is what is read across the segment's end (``boundaries [segments, heads]`` of queries from GAP tokens behind it
+    on, and ``d [B, T, heads · G]`` of those before them), plus Σ from the token to the end of ``d − minus``. What is
+    read across the segment's begin is known, too, unless a STATE stands there: what rounding makes of the sum is
+    spread over its terms, or it would add up along the sequence. Without PLUS the terms of ``d`` are zero.
     """
     head = tl.program_id(0)
-    n = tl.program_id(1) // blocks
-    block = tl.program_id(1) % blocks
-    row = n.to(tl.int64) * 0 if PACKED else n.to(tl.int64)
-    start = tl.load(starts + n) if PACKED else row * 0
-    length = (n * 0 + T).to(tl.int32) if lengths is None else tl.load(lengths + n).to(tl.int32)
-    x, slots, valid = load_terms(d, minus, block * BLOCK, row, start, length, head, T, heads, G, BLOCK, PLUS)
-    total = tl.sum(x, 0)
-    sums += (n * blocks).to(tl.int64) * heads + head
-    if out is None:
-        tl.store(sums + block * heads, total)
-    else:
-        everything = total * 0.0
-        for first in range(0, blocks, BLOCKS):
-            at = first + tl.arange(0, BLOCKS)
-            part = tl.load(sums + at * heads, mask=at < blocks, other=0.0)
-            everything += tl.sum(part, 0)
-            total += tl.sum(tl.where(at > block, part, 0.0), 0)
-        found = total - tl.cumsum(x, 0) + x
-        if CENTRED:
-            left = length - block * BLOCK - tl.arange(0, BLOCK)
-            found -= everything / tl.maximum(length, 1) * left
-        tl.store(out + slots * heads + head, found.to(tl.float32), mask=valid)
+    pid = tl.program_id(1)
+    n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
+    begin = s * segment
+    end = tl.minimum(begin + segment, length)
+    origin = row.to(tl.int64) * T + start
+    local = tl.arange(0, BLOCK)
+    after = tl.full([], 0.0, tl.float64)
+    before = after
+    if boundaries is not None:
+        after += tl.load(boundaries + pid.to(tl.int64) * heads + head, mask=end < length, other=0.0).to(tl.float64)
+        earlier = boundaries + (pid - 1).to(tl.int64) * heads + head
+        before += tl.load(earlier, mask=s > 0, other=0.0).to(tl.float64)
+    drift = before - after
+    for first in range(begin, end, BLOCK):
+        at = first + local
+        if PLUS:
+            drift -= tl.sum(load_terms(d, origin + at + GAP, (at < end) & (at + GAP < length), head, heads, G), 0)
+        drift += tl.sum(load_terms(minus, origin + at, at < end, head, heads, 1), 0)
+    drift = drift / tl.maximum(end - begin, 1)
+    if STATE:
+        drift = tl.where(s > 0, drift, 0.0)
+    if PLUS:
+        for first in range(end, tl.minimum(end + GAP, length), BLOCK):
+            at = first + local
+            after += tl.sum(load_terms(d, origin + at, at < tl.minimum(end + GAP, length), head, heads, G), 0)
+    blocks = tl.cdiv(end - begin, BLOCK)
+    for i in range(0, blocks):
+        at = begin + (blocks - 1 - i) * BLOCK + local
+        valid = at < end
+        x = tl.where(valid, drift, 0.0) - load_terms(minus, origin + at, valid, head, heads, 1)
+        if PLUS:
+            x += load_terms(d, origin + at, valid, head, heads, G)
+        total = tl.sum(x, 0)
+        found = after + total - tl.cumsum(x, 0) + x
+        tl.store(out + (origin + at) * heads + head, found.to(tl.float32), mask=valid)
+        after += total

@@ -229,10 +229,12 @@ def features(
     BIAS: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
+    weight=None,
 ):
     """Features ``[C, BF]`` and log-scale ``[C]`` of inputs ``x [C, BD]``; padded features are zero.
 
-    Computed ones are float32; given ones stay as they are.
+    Features are multiplied by ``weight [C]``, which costs nothing where the map normalises them. Computed ones are
+    float32; given ones without weight stay as they are.
     """
     log_scale = tl.zeros([x.shape[0]], tl.float32)
     if PROJECT:
@@ -252,13 +254,18 @@ def features(
         if BF != F:
             z = tl.where(real[None, :], z, EMPTY)
         phi = exp2(z * LOG2_E - (tl.max(z, 1) * LOG2_E)[:, None])
-        phi = phi * (1.0 / tl.sum(phi, 1))[:, None]
+        share = 1.0 / tl.sum(phi, 1)
+        if weight is not None:
+            share *= weight
+        phi = phi * share[:, None]
     elif ACT == MIRRORED:
         top = (tl.max(tl.abs(z), 1) * LOG2_E)[:, None]
         up = exp2(z * LOG2_E - top)
         down = exp2(z * -LOG2_E - top)
-        share = (1.0 / tl.sum(up + down, 1))[:, None]
-        phi = beside(up * share, down * share)
+        share = 1.0 / tl.sum(up + down, 1)
+        if weight is not None:
+            share *= weight
+        phi = beside(up * share[:, None], down * share[:, None])
     elif ACT == EXP:
         if BF != F:
             z = tl.where(real[None, :], z, EMPTY)
@@ -271,6 +278,8 @@ def features(
         top = tl.maximum(tl.max(tl.abs(phi), 1), 1.0)
         phi = phi / top[:, None]
         log_scale = tl.log(top)
+    if weight is not None and ACT != SOFTMAX and ACT != MIRRORED:
+        phi = phi.to(tl.float32) * weight[:, None]
     return phi, log_scale
 
 
@@ -279,13 +288,19 @@ def load_features(
     x, first, stride, valid, w0, w1, l0, l1, c0, c1, norm, constant, log_scale, log_stride,
     D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, ACT: tl.constexpr,
     PROJECT: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
+    weight=None,
 ):  # fmt: skip
-    """Features ``[C, BF]`` and log-scale ``[C]``, which given ones bring along, of the rows of ``x`` from ``first``."""
+    """Features ``[C, BF]`` and log-scale ``[C]``, which given ones bring along, of the rows of ``x`` from ``first``.
+
+    Features are multiplied by ``weight [C]`` and come in the type of operands.
+    """
     xs = load_rows(x, first, stride, valid, D, BD)
-    phi, logs = features(xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+    phi, logs = features(
+        xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight
+    )
     if log_scale is not None:
         logs = tl.load(column(log_scale, first, log_stride, valid.shape[0]), mask=valid, other=0.0)
-    return phi, logs
+    return phi.to(OT), logs
 
 
 @triton.jit
@@ -343,17 +358,25 @@ def features_backward(
 
 
 @triton.jit
-def gates(decay, first, stride, valid):
+def gates(sums, first, begin, last, stride, C: tl.constexpr):
     """Running log-decay ``[C]`` in the chunk, each token's own gate included, in two terms, and from each to its end.
 
-    Summed in float64: differences of later tokens stay exact behind a gate that forgets everything. The chunk's total
-    comes last, in float64.
+    The chunk's total comes last. ``sums`` are running sums from ``begin`` on, in float64: differences of later tokens
+    stay exact behind a gate that forgets everything. Rows after ``last`` have no gates.
     """
-    g = tl.load(column(decay, first, stride, valid.shape[0]), mask=valid, other=0.0).to(tl.float64)
-    total = tl.sum(g, 0)
-    g = tl.cumsum(g, 0)
+    base = sums + first.to(tl.int64) * stride
+    left = last - first
+    found = tl.load(base + tl.minimum(tl.arange(0, C), left) * stride)
+    before = tl.load(base - stride, mask=first > begin, other=0.0)
+    after = tl.load(base + tl.minimum(C - 1, left) * stride)
+    g = found - before
     high = g.to(tl.float32)
-    return high, (g - high.to(tl.float64)).to(tl.float32), (total - g).to(tl.float32), total
+    return (
+        high,
+        (g - high.to(tl.float64)).to(tl.float32),
+        (after - found).to(tl.float32),
+        (after - before).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -408,49 +431,36 @@ def mass_of(phi, z, OT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def weigh(
-    m, phi, log_weight, counts, gate, LOG: tl.constexpr, DECAY: tl.constexpr, OT: tl.constexpr
-):  # fmt: skip
-    """Features ``phi [C, BF]`` times exp(log_weight) as they join a memory that moves away by ``gate``.
+def weigh(m, log_weight, counts, gate, LOG: tl.constexpr):
+    """Weights ``[C]`` with which a chunk joins a memory of log-scale ``m`` that moves away by ``gate``.
 
-    Returns them in type ``OT`` relative to the new log-scale, which comes last; between, what the memory is multiplied
-    by. Tokens that do not count weigh nothing, if there is LOG or DECAY.
+    Between them and the new log-scale comes what the memory is multiplied by. Tokens that do not count weigh nothing.
     """
-    keep = 1.0
-    if LOG or DECAY:
-        keep = exp(gate)
-        if LOG:
-            new = tl.maximum(m + gate, tl.max(tl.where(counts, log_weight, EMPTY), 0))
-            keep = exp(m + gate - new)
-            log_weight -= new
-            m = new
-        weight = exp(tl.where(counts, log_weight, EMPTY))
-        phi = phi.to(tl.float32) * weight[:, None]
-    return phi.to(OT), keep, m
+    keep = exp(gate)
+    if LOG:
+        new = tl.maximum(m + gate, tl.max(tl.where(counts, log_weight, EMPTY), 0))
+        keep = exp(m + gate - new)
+        log_weight -= new
+        m = new
+    return exp(tl.where(counts, log_weight, EMPTY)), keep, m
 
 
 @triton.jit
-def join(
-    S, z, weighed, y, z_weight, keep,
-    SCALED: tl.constexpr, WHOLE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The memory after one more chunk of weighed features ``[C, BF]`` and values ``y [C, BV]``.
+def join(S, z, phi, y, z_weight, WHOLE: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr):
+    """The memory after one more chunk of weighed features ``phi [C, BF]`` and values ``y [C, BV]``.
 
     In z they count ``z_weight`` times, 0 or 1 if WHOLE. Tokens that do not count have no ``z_weight``, and no features
     or no values. S is transposed and the weights go to the features, so that the values reach the tensor cores as they
     were loaded.
     """
-    if SCALED:
-        S = S * keep
-        z = z * keep
     row = tl.arange(0, MASS_ROWS)[:, None]
     if WHOLE:
         weights = tl.where(row == 0, z_weight[None, :], 0.0).to(OT)
     else:
         high = rounded(z_weight, OT)
         weights = tl.where(row == 0, high[None, :], tl.where(row == 1, (z_weight - high)[None, :], 0.0)).to(OT)
-    z = tl.dot(weights, weighed, z, input_precision=PRECISION)
-    S = tl.dot(tl.trans(y.to(OT)), weighed, S, input_precision=PRECISION)
+    z = tl.dot(weights, phi, z, input_precision=PRECISION)
+    S = tl.dot(tl.trans(y.to(OT)), phi, S, input_precision=PRECISION)
     return S, z
 
 

@@ -30,7 +30,7 @@ def fold_kernel(
     y, y_b, y_t: tl.constexpr, y_h,
     weight, map_heads, bias,
     log_scale, relative, delta,
-    decay, decay_b, decay_t: tl.constexpr, decay_h,
+    gate_sums,
     starts, lengths, bases, seg_sequence, seg_first,
     out_kv, out_k, out_m, out_g,
     norm, constant, T, segments, segment,
@@ -71,16 +71,16 @@ def fold_kernel(
     origin = row64 * T + start  # the sequence's first token
     x += row64 * x_b + start * x_t
     y += row64 * y_b + start * y_t
-    if decay is not None:
-        decay += row64 * decay_b + start * decay_t
+    DECAY: tl.constexpr = gate_sums is not None
+    if DECAY:
+        gate_sums += origin * kv_heads + head
     begin = s * segment
     end = tl.minimum(begin + segment, length)
     S, z, m = empty_memory(BF, BV, LOG)
-    total = tl.full([], 0.0, tl.float64)
     chunks = tl.cdiv(tl.maximum(end - begin, 0), C)
-    DECAY: tl.constexpr = decay is not None
     PROJECT: tl.constexpr = weight is not None
     BIAS: tl.constexpr = bias is not None
+    BEFORE: tl.constexpr = REVERSE or not LOG  # weights are known before the features
     if not REVERSE:
         w0, w1, l0, l1, c0, c1 = load_map(
             weight, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT, OT
@@ -92,14 +92,11 @@ def fold_kernel(
         at_x = first + GAP
         valid = (rows < end) & (rows + GAP < length)
         counts = valid & (base + rows >= SINKS)
+        gate = tl.full([], 0.0, tl.float32)
+        along = tl.zeros([C], tl.float32)
         if DECAY:
-            g, _, to_end, gate64 = gates(decay + head * decay_h, first, decay_t, rows < end)
-            total += gate64
-            gate = gate64.to(tl.float32)
+            g, _, to_end, gate = gates(gate_sums, first, begin, end - 1, kv_heads, C)
             along = g if REVERSE else to_end
-        else:
-            gate = tl.full([], 0.0, tl.float32)
-            along = tl.zeros([C], tl.float32)
         for group in range(G if REVERSE else 1):
             hx = head * G + group if REVERSE else head
             if REVERSE:
@@ -108,25 +105,30 @@ def fold_kernel(
                 )
             ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)
             stat = origin * H + hx
-            phi, logs = load_features(
-                x + hx * x_h, at_x, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant,
-                None if log_scale is None else log_scale + stat, H,
-                D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
-            )  # fmt: skip
             log_weight = along
             step = gate
+            z_weight = counts.to(tl.float32)
             if REVERSE:
                 z_weight = -tl.load(column(delta + stat, at_x, H, C), mask=valid, other=0.0)
                 if LOG:
                     log_weight += tl.load(column(relative + stat, at_x, H, C), mask=valid, other=EMPTY)
                     counts = log_weight > EMPTY / 4
                 step = tl.where(group == 0, gate, 0.0)
-            else:
-                z_weight = counts.to(tl.float32)
-                if LOG:
-                    log_weight += logs
-            weighed, keep, m = weigh(m, phi, log_weight, counts, step, LOG, DECAY, OT)
-            S, z = join(S, z, weighed, ys, z_weight, keep, LOG or DECAY, not REVERSE, OT, PRECISION)
+            joining = None
+            if BEFORE and (LOG or DECAY):
+                joining, keep, m = weigh(m, log_weight, counts, step, LOG)
+            phi, logs = load_features(
+                x + hx * x_h, at_x, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant,
+                None if log_scale is None else log_scale + stat, H,
+                D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, joining,
+            )  # fmt: skip
+            if not BEFORE:
+                joins, keep, m = weigh(m, log_weight + logs, counts, step, LOG)
+                phi = (phi.to(tl.float32) * joins[:, None]).to(OT)
+            if LOG or DECAY:
+                S = S * keep
+                z = z * keep
+            S, z = join(S, z, phi, ys, z_weight, not REVERSE, OT, PRECISION)
     f = tl.arange(0, BF)
     v = tl.arange(0, BV)
     place = (pid + PLACE).to(tl.int64) * kv_heads + head
@@ -136,6 +138,7 @@ def fold_kernel(
     if LOG:
         tl.store(out_m + place, m)
     if DECAY:
+        total = tl.load(gate_sums + (end - 1).to(tl.int64) * kv_heads, mask=end > begin, other=0.0)
         tl.store(out_g + place, total.to(tl.float32))
 
 
@@ -216,6 +219,36 @@ def scan_kernel(
         if LOG:
             if block == 0:
                 tl.store(end_m + origin, top)
+
+
+@triton.jit
+def gate_kernel(
+    decay, decay_b, decay_t, decay_h,
+    out, steep, starts, lengths, bases, seg_sequence, seg_first, T, segments, segment, heads,
+    MILD: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Running sums in float64 of the log-decay of each segment's tokens, their own included, ``out [B, T, heads]``.
+
+    ``steep [segments, heads]``: whether a chunk of C tokens decays by more than MILD.
+    """
+    head = tl.program_id(0)
+    n, s, row, start, length, base = locate(
+        tl.program_id(1), segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED
+    )
+    row64 = row.to(tl.int64)
+    decay += row64 * decay_b + start * decay_t + head * decay_h
+    out += (row64 * T + start) * heads + head
+    end = tl.minimum((s + 1) * segment, length)
+    total = tl.full([], 0.0, tl.float64)
+    least = tl.full([], 0.0, tl.float64)
+    for first in range(s * segment, end, BLOCK):
+        rows = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        valid = rows < end
+        g = tl.load(decay + rows * decay_t, mask=valid, other=0.0).to(tl.float64)
+        tl.store(out + rows * heads, total + tl.cumsum(g, 0), mask=valid)
+        total += tl.sum(g, 0)
+        least = tl.minimum(least, tl.min(tl.sum(tl.reshape(g, (BLOCK // C, C)), 1), 0))
+    tl.store(steep + tl.program_id(1).to(tl.int64) * heads + head, (least <= -MILD).to(tl.int32))
 
 
 @triton.jit

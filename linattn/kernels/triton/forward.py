@@ -40,7 +40,7 @@ def attend_kernel(
     kf, kf_b, kf_t: tl.constexpr, kf_h,
     query_weight, key_weight, query_map_heads, key_map_heads, query_bias, key_bias,
     query_log, key_log, far_bias, lag,
-    decay, decay_b, decay_t: tl.constexpr, decay_h,
+    gate_sums, steep,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
     out_num, out_mass, out_log, out_far,
@@ -62,13 +62,14 @@ def attend_kernel(
     ACT: tl.constexpr,
     LOW: tl.constexpr,
     KLOG: tl.constexpr,
-    MILD: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and normaliser or, if there is ``out_num``, sums, mass and log-scales of the far part alone.
 
+    ``gate_sums``, ``steep``: see ``fold.gate_kernel``; EXACT takes the steep segments and no others.
     ``lag [B, T, Hkv]``: each query's log-decay over the GAP tokens behind it. ``out_log`` is the queries' own
     log-scale, ``out_far`` that of their sums beside it.
     """
@@ -79,7 +80,7 @@ def attend_kernel(
     row64 = row.to(tl.int64)
     origin = row64 * T + start  # the sequence's first token
     kv_heads = H // G
-    DECAY: tl.constexpr = decay is not None
+    DECAY: tl.constexpr = gate_sums is not None
     PROJECT: tl.constexpr = query_weight is not None
     BIAS: tl.constexpr = query_bias is not None
     PARTIAL: tl.constexpr = out_num is not None
@@ -100,90 +101,94 @@ def attend_kernel(
         key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if DECAY:
-        decay += row64 * decay_b + start * decay_t + kv_head * decay_h
+        gate_sums += key_stat
     place = pid.to(tl.int64) * kv_heads + kv_head
+    if steep is not None:
+        if (tl.load(steep + place) != 0) != EXACT:
+            return
+    PAIRWISE: tl.constexpr = KLOG or EXACT
     S, z, m = load_memory(state_kv, state_k, state_m, place, s > 0 if FIRST_EMPTY else s >= 0, F, V, BF, BV, KLOG)
 
     begin = s * (segment // C)
     end = tl.minimum(begin + segment // C, tl.cdiv(length - GAP, C))
+    last = tl.minimum((s + 1) * segment, length) - 1
     local = tl.arange(0, C)
     for i in range(begin, end):
         first = i * C
         rows = first + local
         at = first + GAP  # its queries
         there = rows + GAP < length
-        g = tl.zeros([C], tl.float32)
-        g_low = g
-        gate = tl.full([], 0.0, tl.float32)
-        to_end = tl.zeros([C], tl.float32)
 
-        # The keys of this chunk.
+        # The keys of this chunk. Unless PAIRWISE, the weight of a pair is one factor of its key and one of its query,
+        # both relative to the chunk's end.
         if KEYS:
             valid = rows < length
             counts = valid
             if SINKS > 0:
                 counts = valid & (base + rows >= SINKS)
+            counted = counts.to(tl.float32)
+            weight = None
+            if DECAY:
+                g, g_low, to_end, gate = gates(gate_sums, first, s * segment, last, kv_heads, C)
+            if not PAIRWISE:
+                if DECAY:
+                    weight = exp(tl.where(counts, to_end, EMPTY))
+                    S = S * exp(gate)
+                    z = z * exp(gate)
+                elif SINKS > 0:
+                    weight = counted
             xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
             phi_k, log_k = load_features(
                 kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
-                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight,
             )  # fmt: skip
-            if SINKS > 0 and not (KLOG or DECAY):
-                phi_k = tl.where(counts[:, None], phi_k, 0.0)
-            phi_k = phi_k.to(OT)
-            if DECAY:
-                g, g_low, to_end, gate64 = gates(decay, first, decay_t, valid)
-                gate += gate64.to(tl.float32)
-            if KLOG:
-                to_end += log_k
 
         # The memory: all earlier chunks.
         phi_q, log_q = load_features(
             qf, at, qf_t, there, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, query_log, H,
             DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
         )  # fmt: skip
-        phi_q = phi_q.to(OT)
         num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
         mass = mass_of(phi_q, z, OT, PRECISION)
         far = tl.zeros([C], tl.float32)
-        if KLOG:
+        if PAIRWISE:
             far += m
 
         # This chunk, token by token; then it joins the memory.
         if KEYS:
-            weighed, keep, m = weigh(m, phi_k, to_end, counts, gate, KLOG, DECAY, OT)
             seen = local[:, None] >= local[None, :]
-            if SINKS > 0:
-                seen = seen & counts[None, :]
-            if KLOG:
-                far += g
-                log_w = differences(g, g_low) if DECAY else tl.zeros([C, C], tl.float32)
-                log_w = tl.where(seen, log_w + log_k[None, :], EMPTY)
+            kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
+            if PAIRWISE:
+                if SINKS > 0:
+                    seen = seen & counts[None, :]
+                log_w = tl.zeros([C, C], tl.float32) + log_k[None, :]
+                log_weight = log_k
+                step = 0.0
+                if DECAY:
+                    far += g
+                    log_w += differences(g, g_low)
+                    log_weight += to_end
+                    step = gate
+                log_w = tl.where(seen, log_w, EMPTY)
                 new = tl.maximum(tl.maximum(far, tl.max(log_w, 1)), EMPTY / 2)
                 scale = exp(far - new)
                 far = new
-                kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION) * exp(log_w - new[:, None])
-            elif DECAY:
-                if gate > -MILD:  # everything relative to the end of the chunk
-                    kernel = tl.dot(phi_q, tl.trans(weighed), input_precision=PRECISION)
-                    kernel = tl.where(seen, kernel, 0.0)
-                    scale = tl.zeros([C], tl.float32) + keep
-                    far += g - gate
-                else:
-                    kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
-                    kernel = kernel * exp(tl.where(seen, differences(g, g_low), EMPTY))
-                    scale = exp(g)
-            else:
-                kernel = tl.dot(phi_q, tl.trans(phi_k), input_precision=PRECISION)
-                kernel = tl.where(seen, kernel, 0.0)
-            # The normaliser sums what the products see, so that equal values average to themselves.
-            kernel = rounded(kernel, OT)
-            if KLOG or DECAY:
+                kernel = kernel * exp(log_w - new[:, None])
                 num = num * scale[:, None]
                 mass = mass * scale
+                weight, keep, m = weigh(m, log_weight, counts, step, True)
+                phi_k = (phi_k.to(tl.float32) * weight[:, None]).to(OT)
+                S = S * keep
+                z = z * keep
+            else:
+                kernel = tl.where(seen, kernel, 0.0)
+                if DECAY:
+                    far += g - gate
+            # The normaliser sums what the products see, so that equal values average to themselves.
+            kernel = rounded(kernel, OT)
             mass += tl.sum(kernel, 1)
             num = tl.dot(kernel.to(OT), xv, num, input_precision=PRECISION)
-            S, z = join(S, z, weighed, xv, counts.to(tl.float32), keep, KLOG or DECAY, True, OT, PRECISION)
+            S, z = join(S, z, phi_k, xv, counted, True, OT, PRECISION)
 
         if far_bias is not None:
             log_q += tl.load(far_bias + head)

@@ -140,7 +140,7 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 LAG_BLOCK = 256
-SUFFIX_BLOCK = 1024
+GATE_BLOCK = 1024
 MAP_CHUNK = 16 if INTERPRETED else 64
 MAP_PROGRAMS = 1024
 MILD = {True: 60.0, False: 4.0}
@@ -249,7 +249,6 @@ def _far_dims(s: _Shape, o: Options, keys: bool, low: bool, dtype: torch.dtype, 
         "ACT": ACTIVATIONS[o.activation],
         "LOW": low,
         "KLOG": o.key_log,
-        "MILD": MILD[dtype == torch.bfloat16],
         "PACKED": s.packed,
         **precision(dtype, tf32),
     }
@@ -314,7 +313,35 @@ def _lag(x: Inputs, o: Options, s: _Shape) -> Tensor | None:
     return out
 
 
-def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class _Gates(NamedTuple):
+    """Running sums of the segments' log-decay ``[B, T, Hkv]``, float64, and which are steep ``[segments, Hkv]``."""
+
+    sums: Tensor | None = None
+    steep: Tensor | None = None
+
+
+def _gates(x: Inputs, o: Options, s: _Shape, c: Config) -> _Gates:
+    if x.decay is None or not o.far:
+        return _Gates()
+    device = x.q.device
+    sums = torch.empty(s.batch, s.length, s.kv_heads, dtype=torch.float64, device=device)
+    steep = torch.empty(s.total, s.kv_heads, dtype=torch.int32, device=device)
+    launch(
+        fold.gate_kernel, (s.kv_heads, s.total),
+        x.decay, *strides(x.decay), sums, steep, *_tables(x), s.length, s.segments, o.segment, s.kv_heads,
+        MILD=MILD[x.q.dtype == torch.bfloat16], C=max(c.chunk, c.dkv_chunk), BLOCK=GATE_BLOCK, PACKED=s.packed,
+    )  # fmt: skip
+    return _Gates(sums, None if o.key_log else steep)
+
+
+def _kinds(gates: _Gates) -> tuple[bool, ...]:
+    """Values of EXACT to launch: steep segments have kernels of their own."""
+    return (False,) if gates.steep is None else (False, True)
+
+
+def _fold(
+    x: Inputs, o: Options, s: _Shape, c: Config, gates: _Gates, *, skip: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each segment's own memory of keys: kv, k, m and its total decay. ``skip``: not the last one's of a sequence."""
     assert x.v is not None
     source = x.k_far if x.k_far is not None else x.k
@@ -325,7 +352,7 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
         source, *strides(source), x.v, *strides(x.v),
         x.key_weight, _heads_of(x.key_weight, x.key_bias), x.key_bias,
         x.key_log, None, None,
-        x.decay, *strides(x.decay),
+        gates.sums,
         *_tables(x),
         *parts,
         o.norm, o.constant, s.length, s.segments, o.segment,
@@ -391,11 +418,11 @@ def _start(x: Inputs) -> Memory | None:
     return Memory(x.state_kv, x.state_k, x.state_m if x.state_m is not None else x.state_k)
 
 
-def memory_before(x: Inputs, o: Options, c: Config) -> Memory:
+def memory_before(x: Inputs, o: Options, c: Config, gates: _Gates | None = None) -> Memory:
     """The memory before each segment, each tensor ``[0]`` where it is the given state or nothing."""
     s = shape_of(x, o)
     if o.far and x.v is not None and (s.segments > 1 or s.packed):
-        parts = _fold(x, o, s, c, skip=not s.packed)
+        parts = _fold(x, o, s, c, _gates(x, o, s, c) if gates is None else gates, skip=not s.packed)
         return _scan(parts, _start(x), x, s, log=o.key_log, reverse=False, end=False)[0]
     nothing = torch.empty(0, dtype=torch.float32, device=x.q.device)
     return Memory(nothing, nothing, nothing)
@@ -422,7 +449,7 @@ def final_memory(x: Inputs, o: Options, c: Config) -> tuple[Memory, Tensor]:
     ``q`` stands for heads only: it is not read.
     """
     s = shape_of(x, o)
-    parts = _fold(x, o, s, c)
+    parts = _fold(x, o, s, c, _gates(x, o, s, c))
     _, end = _scan(parts, _start(x), x, s, log=o.key_log, reverse=False, end=True)
     assert end is not None
     return end, parts[3]
@@ -432,7 +459,8 @@ def segment_gates(x: Inputs, o: Options, c: Config) -> Tensor:
     """Each segment's total decay ``[segments, Hkv]``, ``[0]`` without."""
     if x.decay is None:
         return torch.empty(0, dtype=torch.float32, device=x.q.device)
-    return _fold(x, o, shape_of(x, o), c)[3]
+    s = shape_of(x, o)
+    return _fold(x, o, s, c, _gates(x, o, s, c))[3]
 
 
 def final_memory_backward(
@@ -464,25 +492,26 @@ def final_memory_backward(
     dv = torch.zeros(s.batch, s.length, s.kv_heads, s.value_dim, dtype=dtype, device=device)
     dlog = torch.zeros(s.batch, s.length, s.kv_heads, **f32) if needs["key_log"] or needs["decay"] else None
     heads = _heads_of(x.key_weight, x.key_bias)
+    gates = _gates(x, o, s, c)
     dims = _far_dims(s, o, True, _is_wider(x.key_weight, dtype), dtype, _tf32()) | {"GAP": 0, "H": s.kv_heads, "G": 1}
     launch(
         backward.dkv_kernel, (s.kv_heads, s.total),
         x.v, *strides(x.v), k_far, 0, 0, 0, k_far, *strides(k_far),
         x.key_weight, x.key_weight, heads, heads, x.key_bias, x.key_bias,
         x.key_log,
-        x.decay, *strides(x.decay),
+        gates.sums, None,
         *memory,
         *_tables(x),
         None, None, None,
-        dphi, dv, dlog,
+        dphi, dv, dlog if given else None,
         o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, PRECISE=dlog is not None,
+        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, EXACT=False,
         **dims,
         num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
     if not given:
         dphi, grads["key_weight"], grads["key_bias"] = _through_map(
-            k_far, dphi, x.key_weight, x.key_bias, o, None, ("key_weight", "key_bias"), needs
+            k_far, dphi, x.key_weight, x.key_bias, o, dlog, ("key_weight", "key_bias"), needs
         )
     grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dphi, dv, dlog
     begin: Tensor | float = 0.0
@@ -514,7 +543,8 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         rden.zero_()
         top.zero_()
         relative.zero_()
-    found = memory_before(x, o, c)
+    gates = _gates(x, o, s, c)
+    found = memory_before(x, o, c, gates)
     keys, near, tf32 = x.k is not None, is_near(x, o), _tf32()
     k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
     num = mass = log = far = None
@@ -524,22 +554,24 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             mass, log = torch.empty_like(rden), torch.empty_like(rden)
             far = torch.empty_like(rden) if o.key_log or x.decay is not None else None
         q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
-        launch(
-            forward.attend_kernel, (s.heads, s.total),
-            v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-            x.query_weight, x.key_weight, _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
-            x.query_bias, x.key_bias,
-            x.query_log, x.key_log, x.far_bias, _lag(x, o, s),
-            x.decay, *strides(x.decay),
-            *_memory_before(x, o, s, found),
-            *_tables(x),
-            num, mass, log, far,
-            out, residual if rounds else None, top, rden, relative,
-            o.norm, o.constant, s.length, s.segments, o.segment,
-            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s),
-            **_far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32),
-            num_warps=c.forward_warps, num_stages=c.forward_stages,
-        )  # fmt: skip
+        query_heads, key_heads = _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias)
+        lag = _lag(x, o, s)
+        for steep in _kinds(gates):
+            launch(
+                forward.attend_kernel, (s.heads, s.total),
+                v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+                x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
+                x.query_log, x.key_log, x.far_bias, lag,
+                gates.sums, gates.steep,
+                *_memory_before(x, o, s, found),
+                *_tables(x),
+                num, mass, log, far,
+                out, residual if rounds else None, top, rden, relative,
+                o.norm, o.constant, s.length, s.segments, o.segment,
+                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s),
+                **_far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32),
+                num_warps=c.forward_warps, num_stages=c.forward_stages,
+            )  # fmt: skip
     if near:
         chunk = near_chunk(c)
         launch(
@@ -588,6 +620,7 @@ def attend_backward(
     far_dims = _far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32)
     near_dims = _near_dims(s, o, c, dtype, tf32)
     zeroed = x.lengths is not None
+    gates = _gates(x, o, s, c)
 
     def make(*shape: int, dtype: torch.dtype = dtype, partly: bool = False) -> Tensor:
         """Zeros where the kernels do not write every slot, or only those of far queries (``partly``)."""
@@ -604,21 +637,22 @@ def attend_backward(
         if near and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias")):
             dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True)
         dphi = make(s.batch, s.length, s.heads, o.features, dtype=dtype if given else wide, partly=True)
-        launch(
-            backward.dq_kernel, (s.heads, s.total),
-            v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-            x.key_weight, key_heads, x.key_bias,
-            x.key_log,
-            x.decay, *strides(x.decay),
-            *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
-            *_tables(x),
-            scaled, relative, delta,
-            dphi, dlog_q if given else None,
-            o.norm, o.constant, s.length, s.segments, o.segment,
-            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top,
-            PRECISE=dlog_q is not None, **far_dims,
-            num_warps=c.dq_warps, num_stages=c.dq_stages,
-        )  # fmt: skip
+        for steep in _kinds(gates):
+            launch(
+                backward.dq_kernel, (s.heads, s.total),
+                v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+                x.key_weight, key_heads, x.key_bias,
+                x.key_log,
+                gates.sums, gates.steep,
+                *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
+                *_tables(x),
+                scaled, relative, delta,
+                dphi, dlog_q if given else None,
+                o.norm, o.constant, s.length, s.segments, o.segment,
+                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top,
+                **far_dims,
+                num_warps=c.dq_warps, num_stages=c.dq_stages,
+            )  # fmt: skip
         if not given:
             dphi, grads["query_weight"], grads["query_bias"] = _through_map(
                 q_far,
@@ -663,7 +697,7 @@ def attend_backward(
             q_far, *strides(q_far), scaled, *strides(scaled),
             x.query_weight, query_heads, x.query_bias,
             None, relative, delta,
-            x.decay, *strides(x.decay),
+            gates.sums,
             *_tables(x),
             *sums,
             o.norm, o.constant, s.length, s.segments, o.segment,
@@ -693,24 +727,25 @@ def attend_backward(
             if needs["key_log"] or needs["decay"]:
                 dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32)
             dphi = make(s.batch, s.length, s.kv_heads, o.features, dtype=dtype if given else wide)
-            launch(
-                backward.dkv_kernel, (s.kv_heads, s.total),
-                v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-                x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
-                x.key_log,
-                x.decay, *strides(x.decay),
-                *((None, None, None) if memory is None else memory),
-                *_tables(x),
-                scaled, relative, delta,
-                dphi, dv, dlog_k,
-                o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top,
-                PRECISE=dlog_k is not None, **far_dims,
-                num_warps=c.dkv_warps, num_stages=c.dkv_stages,
-            )  # fmt: skip
+            for steep in _kinds(gates):
+                launch(
+                    backward.dkv_kernel, (s.kv_heads, s.total),
+                    v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+                    x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
+                    x.key_log,
+                    gates.sums, gates.steep,
+                    *((None, None, None) if memory is None else memory),
+                    *_tables(x),
+                    scaled, relative, delta,
+                    dphi, dv, dlog_k if given else None,
+                    o.norm, o.constant, s.length, s.segments, o.segment,
+                    C=c.dkv_chunk or c.chunk, EXACT=steep, QUERIES=True,
+                    LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
+                    num_warps=c.dkv_warps, num_stages=c.dkv_stages,
+                )  # fmt: skip
             if not given:
                 dphi, grads["key_weight"], grads["key_bias"] = _through_map(
-                    k_far, dphi, x.key_weight, x.key_bias, o, None, ("key_weight", "key_bias"), needs
+                    k_far, dphi, x.key_weight, x.key_bias, o, dlog_k, ("key_weight", "key_bias"), needs
                 )
             dk, dk_far = (dphi, None) if shared else (None, dphi)
         if dk is None and o.window:
@@ -736,7 +771,9 @@ def attend_backward(
         if needs["key_log"]:
             grads["key_log"] = dlog_k
         if needs["decay"]:
-            grads["decay"] = _suffix_sums(dlog_q, dlog_k, x, s)
+            before = Memory(stats.kv, stats.k, stats.m)
+            boundaries = None if memory is None else _across(before, memory, o, s)
+            grads["decay"] = _decay_gradient(dlog_q, dlog_k, boundaries, x, o, s, gap)
     return grads
 
 
@@ -761,22 +798,30 @@ def _sum_heads(d: Tensor, heads: int, like: Tensor | None) -> Tensor:
     return d.transpose(0, 1).to(like.dtype)
 
 
-def _suffix_sums(d: Tensor | None, minus: Tensor, x: Inputs, s: _Shape) -> Tensor:
-    """Σ from each token to its sequence's end of ``d [B, T, H]``, summed per key head, less ``minus [B, T, Hkv]``.
+def _across(before: Memory, after: Memory, o: Options, s: _Shape) -> Tensor:
+    """What queries behind each segment's end read from before it ``[segments, Hkv]``, by their output's gradient.
 
-    Every pair adds the same to a query's term and to a key's, so that without a state all terms of a sequence sum to
-    zero. What rounding makes of that sum is taken from all of them alike: it would add up along the sequence.
+    Of the last segment of a sequence it means nothing.
     """
+    total = (before.kv[1:] * after.kv[:-1]).sum((2, 3)) + (before.k[1:] * after.k[:-1]).sum(2)
+    if o.key_log:
+        total *= (before.m[1:] + after.m[:-1]).clamp(max=80.0).exp()
+    elif s.top:
+        total *= after.m[:-1].clamp(max=80.0).exp()
+    return torch.cat([total, torch.zeros_like(total[:1])])
+
+
+def _decay_gradient(
+    d: Tensor | None, minus: Tensor, boundaries: Tensor | None, x: Inputs, o: Options, s: _Shape, gap: int
+) -> Tensor:
+    """Gradient of the log-decays ``[B, T, Hkv]`` from those of queries' log-scales, ``d [B, T, H]``, and of keys'."""
     out = torch.zeros_like(minus)
-    blocks = -(-s.length // SUFFIX_BLOCK)
-    sums = torch.empty(s.sequences * blocks, s.kv_heads, dtype=torch.float64, device=minus.device)
-    for target in (None, out):
-        launch(
-            backward.suffix_kernel, (s.kv_heads, s.sequences * blocks),
-            minus if d is None else d, minus, sums, target, x.lengths, x.starts, s.length, blocks, s.kv_heads,
-            G=s.heads // s.kv_heads, BLOCK=SUFFIX_BLOCK, BLOCKS=128, PACKED=s.packed, PLUS=d is not None,
-            CENTRED=x.state_kv is None, num_warps=4,
-        )  # fmt: skip
+    launch(
+        backward.decay_kernel, (s.kv_heads, s.total),
+        minus if d is None else d, minus, boundaries, out, *_tables(x), s.length, s.segments, o.segment, s.kv_heads,
+        G=s.heads // s.kv_heads, GAP=gap, BLOCK=GATE_BLOCK, PACKED=s.packed, STATE=x.state_kv is not None,
+        PLUS=d is not None,
+    )  # fmt: skip
     return out
 
 
