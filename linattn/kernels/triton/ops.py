@@ -145,16 +145,17 @@ def _attended(o: Options, c: Config, *tensors: Any) -> tuple[Tensor]:
     return (launch.attend(Inputs(*tensors), o, c, training=False)[0],)
 
 
-def _attended_training(o: Options, c: Config, *tensors: Any) -> tuple[Tensor, ...]:
+def _attended_training(o: Options, c: Config, *tensors: Any) -> tuple[Tensor | None, ...]:
     out, stats = launch.attend(Inputs(*tensors), o, c, training=True)
-    return out, *stats
+    return out, *[t if t.numel() else None for t in stats]
 
 
 def _attended_backward(
     o: Options, c: Config, wanted: tuple[bool, ...], dout: Tensor, *saved: Any
 ) -> tuple[Tensor | None, ...]:
-    needs, x, out, stats = _needs(wanted), Inputs(*saved[:COUNT]), saved[COUNT], Stats(*saved[COUNT + 1 :])
-    return _chosen(launch.attend_backward(x, o, c, out, stats, dout, needs), needs)
+    needs, x, out = _needs(wanted), Inputs(*saved[:COUNT]), saved[COUNT]
+    stats = [out.new_empty(0, dtype=torch.float32) if t is None else t for t in saved[COUNT + 1 :]]
+    return _chosen(launch.attend_backward(x, o, c, out, Stats(*stats), dout, needs), needs)
 
 
 @_bound

@@ -25,6 +25,8 @@ Step: TypeAlias = Callable[[list[Any], list[Any], int], None]
 MOST = 1024
 """Kinds of calls that are remembered, the latest used."""
 _ALIGNED = 256
+_SMALL = 1 << 16
+"""Bytes that may stay allocated until the end of a call, where they were released before it."""
 _SEEN, _NEVER = "seen once", "not to be planned"
 
 _plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
@@ -220,6 +222,10 @@ class Recorder(TorchDispatchMode):
             return _Several(found) if any(isinstance(a, _Slot | _Several) for a in found) else argument
         return argument
 
+    def _is_worth(self, release: _Release) -> bool:
+        allocation = self.allocations.get(release.slot)
+        return allocation is None or allocation.bytes > _SMALL
+
     def plan(self, results: Sequence[Tensor | None]) -> Plan | None:
         """The plan of a call that gave ``results``, or None if it does what cannot be foreseen."""
         kept = [-1 if t is None else self._slot(t) for t in results]
@@ -230,8 +236,6 @@ class Recorder(TorchDispatchMode):
         for slot in kept:
             if slot in self.allocations:
                 self.allocations[slot].seen = True
-        while events and isinstance(events[-1], _Release):
-            events.pop()  # released at the end of the call
         constants: list[Any] = [None] * (self.slots - self.inputs)
         for at, start, grid, arguments in self.launches:
             picked = []
@@ -242,6 +246,9 @@ class Recorder(TorchDispatchMode):
                     picked.append(self.inputs + len(constants))
                     constants.append(a)
             events[at] = _launch(start, grid, itemgetter(*picked))
+        events = [e for e in events if not isinstance(e, _Release) or self._is_worth(e)]
+        while events and isinstance(events[-1], _Release):
+            events.pop()  # released at the end of the call
         released = {e.slot for e in events if isinstance(e, _Release)}
         steps: list[Step] = []
         for stretch in _stretches(events):
