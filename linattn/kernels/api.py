@@ -190,4 +190,4 @@ def linear_attention(
         checked=True,
     )
     out, end = dispatch(call, impl)
-    return AttentionOutput(out.to(v.dtype), end)
+    return AttentionOutput(out if out.dtype == v.dtype else out.to(v.dtype), end)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from contextlib import nullcontext
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -317,7 +317,9 @@ def _features(call: Call, kind: str, x: Tensor, positions: Tensor | None) -> tup
     forward = map_.forward_queries if kind == "queries" else map_.forward_keys
     with autocast(x, call.autocast) if call.autocast is not None else nullcontext():
         values, log_scale = forward(x, positions) if map_.positional else forward(x)
-    return rows(values.to(call.v.dtype)), None if log_scale is None else log_scale.to(torch.float32).contiguous()
+    if values.dtype != call.v.dtype:
+        values = values.to(call.v.dtype)
+    return rows(values), None if log_scale is None else log_scale.to(torch.float32).contiguous()
 
 
 def _memory(call: Call, log_scaled: bool) -> Memory | _NoMemory:

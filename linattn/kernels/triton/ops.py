@@ -128,11 +128,14 @@ class _AttendEagerly(torch.autograd.Function):
     def forward(ctx: Any, o: Options, c: Config, *tensors: Tensor | None) -> Tensor:
         out, *stats = plan.run(_attended_training, (o, c), tensors)
         ctx.settings = o, c
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, *stats)
         return out  # type: ignore[return-value]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * (COUNT + 2)
         settings = *ctx.settings, ctx.needs_input_grad[2:]
 
         def run(*tensors: Tensor | None) -> Any:

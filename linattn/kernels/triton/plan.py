@@ -7,6 +7,7 @@ fill in the addresses and start the kernels. A plan holds no tensor.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ _SMALL = 1 << 16
 _SEEN, _NEVER = "seen once", "not to be planned"
 
 _plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_lock = threading.Lock()
 
 
 def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -37,7 +39,7 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
 
     ``settings`` are hashable. The first tensor is never None.
     """
-    if torch._C._len_torch_dispatch_stack():  # somebody looks at the operations, or stands in for them
+    if _is_watched() or torch.compiler.is_compiling():
         return body(*settings, *tensors)
     marks: list[Any] = [body, settings, tensors[0].get_device(), torch.backends.cuda.matmul.allow_tf32]  # type: ignore[union-attr]
     words: list[Any] = []
@@ -50,12 +52,11 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
             words.append(word)
             marks += (t.shape, t.stride(), t.dtype, word % 16)
     key = tuple(marks)
-    found = _plans.get(key)
-    if found.__class__ is Plan:
-        try:
+    with _lock:
+        found = _plans.get(key)
+        if found is not None:
             _plans.move_to_end(key)
-        except KeyError:  # another thread dropped it meanwhile
-            pass
+    if found.__class__ is Plan:
         return found(tensors, words)
     if found is None:
         _keep(key, _SEEN)
@@ -68,13 +69,16 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
     return body(*settings, *tensors)
 
 
+def _is_watched() -> bool:
+    """Whether somebody looks at the operations of a call, or stands in for them."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
 def _keep(key: tuple[Any, ...], value: Any) -> None:
-    _plans[key] = value
-    while len(_plans) > MOST:
-        try:
+    with _lock:
+        _plans[key] = value
+        while len(_plans) > MOST:
             _plans.popitem(last=False)
-        except KeyError:
-            pass
 
 
 class Plan:
@@ -163,7 +167,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if self.rests:
             return out
-        if isinstance(out, Tensor) and func in _EMPTY and out.layout == torch.strided and not out.is_pinned():
+        if isinstance(out, Tensor) and func in _EMPTY and out.layout == torch.strided:
             slot = self._new(out)
             self.allocations[slot] = found = _Allocation(slot, out)
             self.events.append(found)
