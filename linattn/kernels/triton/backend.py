@@ -247,7 +247,8 @@ def _map(
     if call.feature_map is None:
         return _Mapped({}, "given", 0, False)
     far: dict[str, Tensor | None] = {"q_far": q_far, "k_far": k_far}
-    found = getattr(call.feature_map, "projected", lambda: None)()
+    projected = getattr(call.feature_map, "projected", None)
+    found = None if projected is None else projected()
     if found is not None:
         if found.mirrored:
             found = _both_sides(found, call.feature_dim)
@@ -295,9 +296,17 @@ def _fuses(call: Call, found: Projected) -> bool:
 
 
 def _weights(found: Projected, like: Tensor) -> dict[str, Tensor | None]:
-    names = ("query_weight", "key_weight", "query_bias", "key_bias")
-    weights = {name: getattr(found, name) for name in names}
-    return {name: None if w is None else w.to(like.device).contiguous() for name, w in weights.items()}
+    def there(w: Tensor | None) -> Tensor | None:
+        if w is None:
+            return None
+        return (w if w.device == like.device else w.to(like.device)).contiguous()
+
+    return {
+        "query_weight": there(found.query_weight),
+        "key_weight": there(found.key_weight),
+        "query_bias": there(found.query_bias),
+        "key_bias": there(found.key_bias),
+    }
 
 
 def _positions(call: Call, r: Rows, q: Tensor) -> Tensor:

@@ -345,14 +345,19 @@ def _release(slot: int) -> Step:
 
 
 def _operation(func: Any, spec: list[Any], named: dict[str, Any], out: int | list[int]) -> Step:
-    def step(slots: list[Any], words: list[Any], stream: int) -> None:
-        args = [_filled(s, slots) for s in spec]
-        found = func(*args, **{name: _filled(s, slots) for name, s in named.items()})
+    def single(slots: list[Any], words: list[Any], stream: int) -> None:
+        t = slots[out] = func(*[_filled(s, slots) for s in spec], **named)  # type: ignore[index]
+        words[out] = _word(t)  # type: ignore[index]
+
+    def several(slots: list[Any], words: list[Any], stream: int) -> None:
+        filled = {name: _filled(s, slots) for name, s in named.items()}
+        found = func(*[_filled(s, slots) for s in spec], **filled)
         for slot, t in ((out, found),) if isinstance(out, int) else zip(out, found, strict=True):
             slots[slot] = t
             words[slot] = _word(t)
 
-    return step
+    plain = isinstance(out, int) and not any(isinstance(s, _Slot | _Several) for s in named.values())
+    return single if plain else several
 
 
 def _launch(start: Any, grid: tuple[int, ...] | None, pick: Callable[[list[Any]], tuple[Any, ...]]) -> Step:

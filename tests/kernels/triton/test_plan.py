@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -16,14 +16,16 @@ from linattn.feature_maps import make
 from linattn.kernels import kernel_attention, linear_attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from linattn.kernels.triton import ops, plan
+import triton
+
+from linattn.kernels.triton import ops, plan, runtime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HYBRID = {"window": 5, "sinks": 2}
 
 
 @pytest.fixture(autouse=True)
-def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plan.Plan]]:
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[plan.Plan]:
     """Plans that ran, in a cache that begins empty."""
     monkeypatch.setattr(plan, "_plans", type(plan._plans)())
     ran: list[plan.Plan] = []
@@ -306,3 +308,62 @@ def test_threads_record_for_themselves(replays: list[plan.Plan]) -> None:
     assert torch.equal(plan.run(chained, (), (x + 1,))[0], 2 * (x + 1))
     assert len(replays) == 2
     assert len(replays[0].steps) == 2
+
+
+class CudaLauncher:
+    """Stands in for Triton's of this name, which starts a compiled kernel."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any) -> None:
+        self.started.append(args)
+
+
+class OtherLauncher(CudaLauncher):
+    pass
+
+
+class Compiled:
+    function, packed_metadata = 12, ("metadata",)
+
+    def __init__(self, run: CudaLauncher) -> None:
+        self.run = run
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.asked.append((grid, *args))
+
+
+def test_compiled_kernels_are_started_without_detours() -> None:
+    kernel = Compiled(CudaLauncher())
+    start = runtime.prepared(kernel, (5,), itemgetter(1, 0, 2))
+    start([], [10, 20, 30], 7)
+    assert kernel.run.started == [(5, 1, 1, 7, 12, ("metadata",), None, None, None, 20, 10, 30)]
+    assert not kernel.asked
+
+
+@pytest.mark.parametrize(("launcher", "stream"), [(CudaLauncher, -1), (OtherLauncher, 7)], ids=["profiled", "unknown"])
+def test_triton_starts_what_it_must_see(launcher: type[CudaLauncher], stream: int) -> None:
+    kernel = Compiled(launcher())
+    runtime.prepared(kernel, (5, 2), itemgetter(1, 0))([], [10, 20], stream)
+    assert kernel.asked == [((5, 2, 1), 20, 10)]
+    assert not kernel.run.started
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_is_noticed(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        get_current_device = staticmethod(lambda: 3)
+        get_current_stream = staticmethod(lambda device: 100 + device)
+
+    monkeypatch.setattr(runtime, "NVIDIA", True)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", Driver)
+    assert runtime.stream() == 103
+    where = triton.compiler.CompiledKernel if runtime._knobs is None else runtime._knobs.runtime
+    known = getattr(where, hook)
+    if hasattr(known, "calls"):
+        monkeypatch.setattr(known, "calls", [print])
+    else:
+        monkeypatch.setattr(where, hook, print)
+    assert runtime.stream() == -1
