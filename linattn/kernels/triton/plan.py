@@ -61,6 +61,7 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
     if found is None:
         _keep(key, _SEEN)
     elif found is _SEEN:
+        tensors = _told_apart(tensors)
         recorder = Recorder(tensors)
         with recorder:
             results = body(*settings, *tensors)
@@ -72,6 +73,16 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
 def _is_watched() -> bool:
     """Whether somebody looks at the operations of a call, or stands in for them."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
+def _told_apart(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same tensors, none twice: one that is given as both query and key says nothing of later calls."""
+    known: set[int] = set()
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t.detach() if t is not None and id(t) in known else t)
+        known.add(id(t))
+    return found
 
 
 def _keep(key: tuple[Any, ...], value: Any) -> None:

@@ -160,6 +160,17 @@ def test_other_calls_are_not_mistaken_for_one(replays: list[plan.Plan]) -> None:
     assert len(replays) == 2
 
 
+def test_one_tensor_given_twice_is_not_expected_again(replays: list[plan.Plan]) -> None:
+    def difference(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        return (a - b,)
+
+    a, b = torch.ones(3, device=DEVICE), torch.arange(3.0, device=DEVICE)
+    for _ in range(3):
+        assert torch.equal(plan.run(difference, (), (a, a))[0], a - a)
+    assert torch.equal(plan.run(difference, (), (a, b))[0], a - b)
+    assert len(replays) == 2
+
+
 def test_gradients_that_are_not_needed_make_another_plan(replays: list[plan.Plan]) -> None:
     leaves = [x.square().detach().requires_grad_() for x in inputs(40)]
     for needed in ((0, 1, 2), (2,), (0,), (1, 2)):
