@@ -165,12 +165,21 @@ def linear_attention(
         wide = accumulation_dtype(v)
         k = torch.cat([phi_k.to(wide), log_scale_k[..., None].to(wide)], -1)
         q, values = F.pad(phi_q.to(wide), [0, 1]), v.to(wide)
-    result = kernel_attention(
+    call = resolve(
         q,
         k,
         values,
         feature_map=given,
+        window=0,
+        sinks=0,
+        far=True,
         decay=decay,
+        far_bias=None,
+        scale=None,
+        softcap=None,
+        sink_logits=None,
+        q_far=None,
+        k_far=None,
         causal=causal,
         mask=mask,
         cu_seqlens=cu_seqlens,
@@ -178,6 +187,7 @@ def linear_attention(
         return_state=return_state,
         lookback=lookback,
         chunk_size=chunk_size,
-        impl=impl,
+        checked=True,
     )
-    return AttentionOutput(result.out.to(v.dtype), result.state)
+    out, end = dispatch(call, impl)
+    return AttentionOutput(out if out.dtype == v.dtype else out.to(v.dtype), end)

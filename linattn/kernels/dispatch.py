@@ -54,6 +54,8 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
     if impl == "auto":
         impl = choose(call)
         _announce(impl)
+    if call.autocast is None:
+        return IMPLEMENTATIONS[impl](call)
     with autocast(call.q, None):  # sums and normalisers are float32 whatever the caller computes in
         return IMPLEMENTATIONS[impl](call)
 

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,9 @@ def _capability(index: int) -> tuple[int, int] | None:
 
 def refusal(call: Call) -> str | None:
     """Why these kernels cannot run a call, or None."""
-    if call.q.device.type != "cuda" and not INTERPRETED:
+    if not call.q.is_cuda and not INTERPRETED:
         return f"the tensors are on {call.q.device}; Triton kernels need a GPU"
-    if call.q.device.type == "cuda" and MISCOMPILED:
+    if MISCOMPILED and call.q.is_cuda:
         wrong = miscompiled(triton.__version__, _capability(call.q.device.index or 0))
         if wrong:
             return wrong
@@ -69,8 +70,7 @@ def refusal(call: Call) -> str | None:
         return "float64 is the reference's; use float32, float16 or bfloat16"
     if call.feature_dim > MOST_FEATURES:
         return f"{call.feature_dim} features are more than {MOST_FEATURES}"
-    widest = max(call.q.shape[-1], call.v.shape[-1])
-    if call.window + call.sinks and widest > MOST_DIM:
+    if call.window + call.sinks and (widest := max(call.q.shape[-1], call.v.shape[-1])) > MOST_DIM:
         return f"head_dim or value_dim {widest} is more than {MOST_DIM}"
     if not call.causal and 0 < call.window < call.sinks:
         return f"bidirectional attention with {call.sinks} sinks needs a window of at least as many tokens"
@@ -141,10 +141,10 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
     reason = refusal(call)
     if reason is not None:
         raise UnsupportedError(f"impl='triton': {reason}; impl='chunked' runs every call.")
-    if call.q.is_cuda and not torch.compiler.is_compiling():
-        with torch.cuda.device_of(call.q):  # kernels start on the current device
-            return _attend(call)
-    return _attend(call)
+    if torch.compiler.is_compiling() or not call.q.is_cuda or call.q.get_device() == torch.cuda.current_device():
+        return _attend(call)
+    with torch.cuda.device_of(call.q):  # kernels start on the current device
+        return _attend(call)
 
 
 def _attend(call: Call) -> tuple[Tensor, AttentionState | None]:
@@ -153,7 +153,7 @@ def _attend(call: Call) -> tuple[Tensor, AttentionState | None]:
         return chunked.attend(call)
     if not call.causal:
         return _attend_both_ways(call), None
-    if not torch.compiler.is_compiling() and step.takes(call):
+    if call.state is not None and not torch.compiler.is_compiling() and step.takes(call):
         return step.attend_step(call)
     return _attend_causal(call)
 
@@ -223,8 +223,7 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(torch.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mapped:
+class _Mapped(NamedTuple):
     """The feature map of a call as the kernels take it."""
 
     inputs: dict[str, Tensor | None]
@@ -248,7 +247,8 @@ def _map(
     if call.feature_map is None:
         return _Mapped({}, "given", 0, False)
     far: dict[str, Tensor | None] = {"q_far": q_far, "k_far": k_far}
-    found = getattr(call.feature_map, "projected", lambda: None)()
+    projected = getattr(call.feature_map, "projected", None)
+    found = None if projected is None else projected()
     if found is not None:
         if found.mirrored:
             found = _both_sides(found, call.feature_dim)
@@ -296,9 +296,17 @@ def _fuses(call: Call, found: Projected) -> bool:
 
 
 def _weights(found: Projected, like: Tensor) -> dict[str, Tensor | None]:
-    names = ("query_weight", "key_weight", "query_bias", "key_bias")
-    weights = {name: getattr(found, name) for name in names}
-    return {name: None if w is None else w.to(like.device).contiguous() for name, w in weights.items()}
+    def there(w: Tensor | None) -> Tensor | None:
+        if w is None:
+            return None
+        return (w if w.device == like.device else w.to(like.device)).contiguous()
+
+    return {
+        "query_weight": there(found.query_weight),
+        "key_weight": there(found.key_weight),
+        "query_bias": there(found.query_bias),
+        "key_bias": there(found.key_bias),
+    }
 
 
 def _positions(call: Call, r: Rows, q: Tensor) -> Tensor:
@@ -316,9 +324,11 @@ def _features(call: Call, kind: str, x: Tensor, positions: Tensor | None) -> tup
     map_ = call.feature_map
     assert map_ is not None
     forward = map_.forward_queries if kind == "queries" else map_.forward_keys
-    with autocast(x, call.autocast):
+    with autocast(x, call.autocast) if call.autocast is not None else nullcontext():
         values, log_scale = forward(x, positions) if map_.positional else forward(x)
-    return rows(values.to(call.v.dtype)), None if log_scale is None else log_scale.to(torch.float32).contiguous()
+    if values.dtype != call.v.dtype:
+        values = values.to(call.v.dtype)
+    return rows(values), None if log_scale is None else log_scale.to(torch.float32).contiguous()
 
 
 def _memory(call: Call, log_scaled: bool) -> Memory | _NoMemory:
@@ -340,8 +350,7 @@ def _memory(call: Call, log_scaled: bool) -> Memory | _NoMemory:
     return Memory(kv.contiguous(), k.contiguous(), log_scale.masked_fill(empty, EMPTY_LOG_SCALE).contiguous())
 
 
-@dataclasses.dataclass(frozen=True)
-class _NoMemory:
+class _NoMemory(NamedTuple):
     kv: None = None
     k: None = None
     m: None = None

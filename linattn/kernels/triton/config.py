@@ -283,6 +283,7 @@ def _config(on: Chip, key: Key, users: str | None) -> Config:
     return Config(**(programs | found))
 
 
+@functools.cache
 def shipped_for(on: Chip) -> Table:
     """The shipped table that names the chip, or the one of its maker with the most shared memory that it can hold."""
     tables = shipped()

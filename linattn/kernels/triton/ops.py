@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linattn.errors import UnsupportedError
-from linattn.kernels.triton import launch
+from linattn.kernels.triton import launch, plan
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.launch import FIRST_TABLE, Inputs, Memory, Options, Stats
 
@@ -27,9 +27,11 @@ def attend(x: Inputs, o: Options, c: Config) -> Tensor:
     """Attention ``[B, T, H, V]``, differentiable by every floating point input."""
     if torch.compiler.is_compiling():
         return _call(torch.ops.linattn.attend, x, o, c)[0]
-    if _differentiable(x):
+    if not _differentiable(x):
+        return plan.run(_attended, (o, c), x)[0]  # type: ignore[return-value]
+    if torch._C._are_functorch_transforms_active():
         return _Attend.apply(o, c, *x)[0]
-    return launch.attend(x, o, c, training=False)[0]
+    return _AttendEagerly.apply(o, c, *x)
 
 
 def attend_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> Tensor:
@@ -117,6 +119,46 @@ class _Attend(torch.autograd.Function):
             return _chosen(launch.attend_backward(x, o, c, out, stats, dout, needs), needs)
 
         return None, None, *_once(run, dout, ctx.saved_tensors)
+
+
+class _AttendEagerly(torch.autograd.Function):
+    """:class:`_Attend` outside transforms of torch.func, which is where statistics need not be outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, o: Options, c: Config, *tensors: Tensor | None) -> Tensor:
+        out, *stats = plan.run(_attended_training, (o, c), tensors)
+        ctx.settings = o, c
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, *stats)
+        return out  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * (COUNT + 2)
+        settings = *ctx.settings, ctx.needs_input_grad[2:]
+
+        def run(*tensors: Tensor | None) -> Any:
+            return plan.run(_attended_backward, settings, tensors)
+
+        return None, None, *_once(run, dout, ctx.saved_tensors)
+
+
+def _attended(o: Options, c: Config, *tensors: Any) -> tuple[Tensor]:
+    return (launch.attend(Inputs(*tensors), o, c, training=False)[0],)
+
+
+def _attended_training(o: Options, c: Config, *tensors: Any) -> tuple[Tensor | None, ...]:
+    out, stats = launch.attend(Inputs(*tensors), o, c, training=True)
+    return out, *[t if t.numel() else None for t in stats]
+
+
+def _attended_backward(
+    o: Options, c: Config, wanted: tuple[bool, ...], dout: Tensor, *saved: Any
+) -> tuple[Tensor | None, ...]:
+    needs, x, out = _needs(wanted), Inputs(*saved[:COUNT]), saved[COUNT]
+    stats = [out.new_empty(0, dtype=torch.float32) if t is None else t for t in saved[COUNT + 1 :]]
+    return _chosen(launch.attend_backward(x, o, c, out, Stats(*stats), dout, needs), needs)
 
 
 @_bound

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -17,6 +21,14 @@ _MOST = 8192
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
+class _Local(threading.local):
+    recorder: Any = None
+    """Who is told of this thread's launches."""
+
+
+local = _Local()
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
 ) -> None:
@@ -26,10 +38,39 @@ def launch(
     takes longer than a small kernel runs. Here what it may have specialised on is the key itself: tensors count by
     dtype and alignment, everything else by value. The first argument is a tensor.
     """
+    recorder = local.recorder
+    if recorder is None:
+        _launch(kernel, grid, args, num_warps, num_stages, constants)
+        return
+    recorder.rests = True
+    try:
+        found = _launch(kernel, grid, args, num_warps, num_stages, constants)
+    finally:
+        recorder.rests = False
+    if found is None:
+        start = functools.partial(kernel[grid], num_warps=num_warps, num_stages=num_stages, **constants)
+        recorder.launched(start, None, args)
+    else:
+        recorder.launched(found, grid, (*args, *_rest(kernel, args, constants)))
+
+
+def _rest(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple([constants[name] for name in kernel.arg_names[len(args) :]])
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    num_warps: int,
+    num_stages: int,
+    constants: dict[str, Any],
+) -> Any:
+    """The compiled kernel that was started; None where it takes tensors and finds out for itself."""
     if not NVIDIA:
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
-        return
-    rest = tuple([constants[name] for name in kernel.arg_names[len(args) :]])
+        return None
+    rest = _rest(kernel, args, constants)
     key: list[Any] = [kernel, args[0].get_device(), num_warps, num_stages, rest]
     values: list[Any] = []
     for arg in args:
@@ -41,11 +82,49 @@ def launch(
             values.append(arg)
             key.append(arg)
     found = _compiled.get(tuple(key))
-    if found is None:
-        found = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
-        if len(_compiled) >= _MOST:
-            _compiled.clear()
-        if hasattr(found, "run"):
-            _compiled[tuple(key)] = found
-        return
-    found[(*grid, 1, 1)[:3]](*values, *rest)
+    if found is not None:
+        found[(*grid, 1, 1)[:3]](*values, *rest)
+        return found
+    found = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    if not hasattr(found, "run"):
+        return None
+    if len(_compiled) >= _MOST:
+        _compiled.clear()
+    _compiled[tuple(key)] = found
+    return found
+
+
+def prepared(
+    kernel: Any, grid: tuple[int, ...], pick: Callable[[list[Any]], tuple[Any, ...]]
+) -> Callable[[list[Any], list[Any], int], None]:
+    """A function that starts a compiled ``kernel`` with what ``pick`` takes from its second argument.
+
+    Its third argument is the stream; −1 where a profiler asks to be told of launches.
+    """
+    grid = (*grid, 1, 1)[:3]
+    run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+    x, y, z = grid
+    known = type(run).__name__ == "CudaLauncher"
+
+    def start(slots: list[Any], words: list[Any], stream: int) -> None:
+        if known and stream >= 0:
+            run(x, y, z, stream, function, metadata, None, None, None, *pick(words))
+        else:
+            kernel[grid](*pick(words))
+
+    return start
+
+
+_knobs: Any = getattr(triton, "knobs", None)
+
+
+def stream() -> int:
+    """The current stream as Triton's launcher takes it; −1 where a profiler asks to be told of launches."""
+    if not NVIDIA:
+        return 0
+    where = triton.compiler.CompiledKernel if _knobs is None else _knobs.runtime
+    for hook in (where.launch_enter_hook, where.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return -1
+    active = triton.runtime.driver.active
+    return active.get_current_stream(active.get_current_device())
