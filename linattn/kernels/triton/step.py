@@ -33,6 +33,12 @@ STRONGEST = tl.constexpr(STRONGEST_DECAY)
 
 
 @triton.jit
+def by_lane(N: tl.constexpr, LANES: tl.constexpr):
+    """The numbers below N as ``[LANES, N / LANES]``."""
+    return tl.arange(0, LANES)[:, None] * (N // LANES) + tl.arange(0, N // LANES)[None, :]
+
+
+@triton.jit
 def token_features(
     x,
     w,
@@ -46,6 +52,7 @@ def token_features(
     F: tl.constexpr,
     BD: tl.constexpr,
     BF: tl.constexpr,
+    LANES: tl.constexpr,
     ACT: tl.constexpr,
     MIRROR: tl.constexpr,
 ):
@@ -61,23 +68,25 @@ def token_features(
         squares += tl.sum(z * z, 0)
     else:
         head = tl.where(heads == 1, 0, head)
-        products = tl.zeros([BD, BF], tl.float32)
-        products1 = tl.zeros([BD, BF], tl.float32)
-        columns = f
+        products = tl.zeros([LANES, BF], tl.float32)
+        products1 = tl.zeros([LANES, BF], tl.float32)
+        columns = tl.max_contiguous(f, 4)
         sign = 1.0
         if MIRROR < F:
-            columns = f % MIRROR
+            whole: tl.constexpr = 4 if MIRROR % 4 == 0 else 1
+            columns = tl.max_contiguous(tl.multiple_of(f % MIRROR, whole), whole)
             sign = tl.where(f < MIRROR, 1.0, -1.0)
         for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
+            d = start + by_lane(BD, LANES)
+            real = (d < D)[:, :, None] & (f < F)[None, None, :]
+            cells = w + head * D * MIRROR + d[:, :, None] * MIRROR + columns[None, None, :]
+            first = tl.load(cells, mask=real, other=0.0)
             xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
-            squares += tl.sum(xd * xd, 0)
-            real = (d < D)[:, None] & (f < F)[None, :]
-            cells = d[:, None] * MIRROR + columns[None, :]
-            products += tl.load(w + head * D * MIRROR + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
+            squares += tl.sum(tl.sum(xd * xd, 1), 0)
+            products += tl.sum(first.to(tl.float32) * xd[:, :, None], 1)
             if ACT == PRODUCT:
-                second = tl.load(w + (heads + head) * D * MIRROR + cells, mask=real, other=0.0)
-                products1 += second.to(tl.float32) * xd[:, None]
+                second = tl.load(cells + heads * D * MIRROR, mask=real, other=0.0)
+                products1 += tl.sum(second.to(tl.float32) * xd[:, :, None], 1)
         z = tl.sum(products, 0) * sign
         if ACT == PRODUCT:
             z1 = tl.sum(products1, 0) * sign
@@ -109,28 +118,31 @@ def token_features(
 
 
 @triton.jit
-def load_tokens(base, rows, seen, WIDTH, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """``[N, BLOCK]`` of ``WIDTH`` columns of the ``seen`` tokens, zeros elsewhere.
+def load_rows(base, rows, seen, columns, WIDTH: tl.constexpr):
+    """The ``seen`` of ``rows [LANES, N]`` of a matrix of ``WIDTH`` columns at ``base``, zeros elsewhere."""
+    cells = rows[:, :, None] * WIDTH + columns[None, None, :]
+    return tl.load(base + cells, mask=seen[:, :, None] & (columns < WIDTH)[None, None, :], other=0.0)
 
-    Four columns a thread whatever the dtype, as float32 states are loaded: no tile has to change its layout.
-    """
-    columns = tl.max_contiguous(tl.arange(0, BLOCK), 4)
-    cells = rows[:, None] * STRIDE + columns[None, :]
-    return tl.load(base + cells, mask=seen[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+@triton.jit
+def is_seen(rows, at, recent, WINDOW: tl.constexpr):
+    """Which ``rows`` of a ring hold the ``recent`` tokens before the new one, whose place is ``at``."""
+    age = tl.where(rows <= at, at - rows, at - rows + WINDOW)
+    return (rows < WINDOW) & (age > 0) & (age <= recent)
 
 
 @triton.jit
 def attend_rows(acc, den, top, xq, k, v, seen, softcap, SOFTCAP: tl.constexpr):
-    """Online softmax of one scaled query ``xq [BD]``: more keys ``k [N, BD]`` and values ``v [N, BV]``."""
-    s = tl.sum(k.to(tl.float32) * xq[None, :], 1)
+    """Online softmax, in each lane its own, of a scaled query ``xq [BD]``: more keys and values ``[LANES, N, ...]``."""
+    s = tl.sum(k.to(tl.float32) * xq[None, None, :], 2)
     if SOFTCAP:
         s = softcap * tanh(s / softcap)
     s = tl.where(seen, s, EMPTY)
-    new = tl.maximum(tl.maximum(top, tl.max(s, 0)), EMPTY / 2)
+    new = tl.maximum(top, tl.max(s, 1))
     keep = tl.exp(top - new)
-    p = tl.exp(s - new)
-    acc = acc * keep + tl.sum(p[:, None] * v.to(tl.float32), 0)
-    return acc, den * keep + tl.sum(p, 0), new
+    p = tl.exp(s - new[:, None])
+    acc = acc * keep[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
+    return acc, den * keep + tl.sum(p, 1), new
 
 
 @triton.jit
@@ -157,6 +169,8 @@ def step_kernel(
     BDF: tl.constexpr,
     BF: tl.constexpr,
     PART: tl.constexpr,
+    LANES: tl.constexpr,
+    MAP_LANES: tl.constexpr,
     WINDOW: tl.constexpr,
     BW: tl.constexpr,
     SINKS: tl.constexpr,
@@ -186,9 +200,10 @@ def step_kernel(
     qf += row * qf_n + head * G * qf_h
     kf += row * kf_n + head * kf_h
     out += row * out_n + head * G * out_h
-    d = tl.arange(0, BD)
-    f = tl.arange(0, BF)
-    columns = tl.arange(0, BV)
+    # Four columns a thread whatever the dtype, as float32 states are loaded: no tile has to change its layout.
+    d = tl.max_contiguous(tl.arange(0, BD), 4)
+    columns = tl.max_contiguous(tl.arange(0, BV), 4)
+    f = by_lane(BF, LANES)
     if slot < 0:
         for g in range(G):
             for first in range(0, V, BV):
@@ -212,9 +227,15 @@ def step_kernel(
     folds = p - WINDOW >= SINKS  # a token leaves the window, and is no sink
     near = is_sink  # the new token is attended exactly
     at = 0  # its place in the ring, where the leaving token is until then
+    recent = 0
     if WINDOW > 0:
         near = p >= 0
         at = (p % WINDOW).to(tl.int32)
+        recent = tl.minimum(p, WINDOW).to(tl.int32)
+    ring = by_lane(BW, LANES)
+    ring_seen = is_seen(ring, at, recent, WINDOW)
+    sinks = by_lane(BS, LANES)  # and behind them the new token, which is not in the ring yet
+    sink_seen = (sinks < SINKS) & (sinks < p) & (p - sinks >= WINDOW)
     k_new = tl.load(k + d, mask=d < D, other=0.0)
 
     gate = 0.0
@@ -229,13 +250,20 @@ def step_kernel(
     for part in tl.static_range((V + BV - 1) // BV):  # one part unless F · V is large: each computes the same weights
         first = part * BV
         c = first + columns
+
+        # The large tiles are under way before anything waits, what needs no position first.
+        if FAR:
+            S = load_rows(kv, f, f < F, c, V)
+        if WINDOW > 0:
+            ring_ks = load_rows(ring_k, ring, ring < WINDOW, d, D)
+            ring_vs = load_rows(ring_v, ring, ring_seen, c, V)
         v_new = tl.load(v + c, mask=c < V, other=0.0)
+        exact_ks = tl.where((sinks == SINKS)[:, :, None], k_new[None, None, :], load_rows(sink_k, sinks, sink_seen, d, D))
+        exact_vs = tl.where((sinks == SINKS)[:, :, None], v_new[None, None, :], load_rows(sink_v, sinks, sink_seen, c, V))
+        exact_seen = sink_seen | ((sinks == SINKS) & near)
 
         # Fold. S goes back as soon as every thread has it, which frees its registers after the read-out.
         if FAR:
-            cells = f[:, None] * V + c[None, :]
-            real = (f < F)[:, None] & (c < V)[None, :]
-            S = tl.load(kv + cells, mask=real, other=0.0)
             if phi is not None:
                 given = tl.load(phi + (row * heads + head) * F + f, mask=f < tl.where(folds, F, 0), other=0.0)
                 phi_k = given.to(tl.float32)
@@ -251,8 +279,9 @@ def step_kernel(
                     leaving = ring_k + at * D
                 phi_k, log_k = token_features(
                     leaving, key_weight, key_bias, head, key_map_heads, norm, constant, tl.where(folds, DF, 0),
-                    DF, F, PART, BF, ACT, MIRROR,
+                    DF, F, PART, BF, MAP_LANES, ACT, MIRROR,
                 )  # fmt: skip
+                phi_k = tl.reshape(phi_k, (LANES, BF // LANES))
             leaving_v = v_new
             if WINDOW > 0:
                 leaving_v = tl.load(ring_v + at * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
@@ -262,15 +291,9 @@ def step_kernel(
             keep = tl.exp(before - m_new)
             phi_k = phi_k * tl.where(folds, tl.exp(log_k - m_new), 0.0)
             z_new = tl.load(z + f, mask=f < F, other=0.0) * keep + phi_k
-            S = S * keep + phi_k[:, None] * leaving_v.to(tl.float32)[None, :]
+            S = S * keep + phi_k[:, :, None] * leaving_v.to(tl.float32)[None, None, :]
             tl.debug_barrier()
-            tl.store(kv + cells, S, mask=real)
-
-        if SINKS > 0:
-            sinks = tl.arange(0, BS)
-            sink_seen = (sinks < SINKS) & (sinks < p) & (p - sinks >= WINDOW)
-            sink_ks = load_tokens(sink_k, sinks, sink_seen, D, D, BD)
-            sink_vs = load_tokens(sink_v + first, sinks, sink_seen, V - first, V, BV)
+            tl.store(kv + f[:, :, None] * V + c[None, None, :], S, mask=(f < F)[:, :, None] & (c < V)[None, None, :])
 
         for g in range(G):
             if FAR:
@@ -282,47 +305,47 @@ def step_kernel(
                 else:
                     phi_q, log_far = token_features(
                         qf + g * qf_h, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
-                        DF, F, PART, BF, ACT, MIRROR,
+                        DF, F, PART, BF, MAP_LANES, ACT, MIRROR,
                     )  # fmt: skip
+                    phi_q = tl.reshape(phi_q, (LANES, BF // LANES))
                     log_far += m_new
                 if far_bias is not None:
                     log_far += tl.load(far_bias + head * G + g).to(tl.float32)
-                mass = tl.sum(phi_q * z_new, 0)
-                num = tl.sum(S * phi_q[:, None], 0)
+                masses = tl.sum(phi_q * z_new, 1)
+                num = tl.sum(S * phi_q[:, :, None], 1)
+                mass = tl.sum(masses, 0)
 
-            # The exact part starts with the new token, which is not in the ring yet.
             xq = tl.load(q + g * q_h + d, mask=d < D, other=0.0).to(tl.float32) * scale
-            s = tl.sum(xq * k_new.to(tl.float32), 0)
-            if SOFTCAP:
-                s = softcap * tanh(s / softcap)
-            top = tl.where(near, s, EMPTY)
-            den = tl.where(near, 1.0, 0.0)
-            acc = v_new.to(tl.float32) * den
-            for block in range((WINDOW + BW - 1) // BW):
-                slots = block * BW + tl.arange(0, BW)
-                age = tl.where(slots <= at, at - slots, at - slots + WINDOW)
-                seen = (slots < WINDOW) & (age > 0) & (age <= p)
-                ks = load_tokens(ring_k, slots, seen, D, D, BD)
-                vs = load_tokens(ring_v + first, slots, seen, V - first, V, BV)
-                acc, den, top = attend_rows(acc, den, top, xq, ks, vs, seen, softcap, SOFTCAP)
-            if SINKS > 0:
-                acc, den, top = attend_rows(acc, den, top, xq, sink_ks, sink_vs, sink_seen, softcap, SOFTCAP)
+            acc = tl.zeros([LANES, BV], tl.float32)
+            dens = tl.zeros([LANES], tl.float32)
+            tops = tl.full([LANES], EMPTY / 2, tl.float32)
+            acc, dens, tops = attend_rows(acc, dens, tops, xq, exact_ks, exact_vs, exact_seen, softcap, SOFTCAP)
+            if WINDOW > 0:
+                acc, dens, tops = attend_rows(acc, dens, tops, xq, ring_ks, ring_vs, ring_seen, softcap, SOFTCAP)
+            for start in range(BW, WINDOW, BW):
+                seen = is_seen(start + ring, at, recent, WINDOW)
+                ks = load_rows(ring_k, start + ring, seen, d, D)
+                vs = load_rows(ring_v, start + ring, seen, c, V)
+                acc, dens, tops = attend_rows(acc, dens, tops, xq, ks, vs, seen, softcap, SOFTCAP)
 
             # One normaliser.
-            new = tl.maximum(top, EMPTY / 2)
+            top = tl.max(tops, 0)
             if FAR:
-                new = tl.maximum(new, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
+                top = tl.maximum(top, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
             if sink_logits is not None:
                 sink_logit = tl.load(sink_logits + head * G + g).to(tl.float32)
-                new = tl.maximum(new, sink_logit)
-            acc = acc * tl.exp(top - new)
-            den = den * tl.exp(top - new)
+                top = tl.maximum(top, sink_logit)
+            weights = tl.exp(tops - top)
+            acc = acc * weights[:, None]
+            dens = dens * weights
             if FAR:
-                take = tl.exp(log_far - new)
+                take = tl.exp(log_far - top)
                 acc += num * take
-                den += mass * take
+                dens += masses * take
+            acc = tl.sum(acc, 0)
+            den = tl.sum(dens, 0)
             if sink_logits is not None:
-                den += tl.exp(sink_logit - new)
+                den += tl.exp(sink_logit - top)
             floor = tl.where(den < 0, -DENOMINATOR_FLOOR, DENOMINATOR_FLOOR)
             acc = acc / tl.where(tl.abs(den) < DENOMINATOR_FLOOR, floor, den)
             tl.store(out + g * out_h + c, acc.to(out.dtype.element_ty), mask=c < V)
@@ -491,6 +514,8 @@ def _step(
     if num_warps is None:
         num_warps = min(max(bf * bv // (32 * STATE_NUMBERS), 4), 16) if features else 4
     block = 32 * num_warps * OTHER_NUMBERS
+    lanes, map_lanes = (max(32 * num_warps * 4 // size, 1) for size in (bv, bf))
+    bf = max(bf, lanes)
     weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),
@@ -508,9 +533,9 @@ def _step(
         scale, softcap or 0.0, found.norm if found is not None else 0.0, found.constant if found is not None else 0.0,
         kv_heads,
         G=heads // kv_heads, D=head_dim, V=value_dim, DF=kf.shape[-1], F=features,
-        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=min(bdf, max(block // bf, 1)),
-        WINDOW=window, BW=min(triton.next_power_of_2(max(window, 1)), max(block // max(bd, bv), 16)),
-        SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
+        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=max(min(bdf, block // bf), map_lanes),
+        WINDOW=window, BW=max(min(triton.next_power_of_2(max(window, 1)), block // max(bd, bv)), lanes),
+        SINKS=sinks, BS=max(triton.next_power_of_2(sinks + 1), lanes), LANES=lanes, MAP_LANES=map_lanes,
         FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation],
         MIRROR=features // 2 if found is not None and found.mirrored else features, SOFTCAP=bool(softcap),
         num_warps=num_warps,
