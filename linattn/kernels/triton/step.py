@@ -26,6 +26,7 @@ from linattn.kernels.triton.device import (
     load_bias,
     tanh,
 )
+from linattn.kernels.triton.runtime import NVIDIA
 from linattn.kernels.validate import STRONGEST_DECAY, Call
 from linattn.state import AttentionState
 
@@ -41,22 +42,23 @@ def by_lane(N: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def token_features(
     x,
+    live,
     w,
     c,
     head,
     heads,
     norm,
     constant,
-    width,
     D: tl.constexpr,
     F: tl.constexpr,
     BD: tl.constexpr,
     BF: tl.constexpr,
     LANES: tl.constexpr,
+    MAP_LANES: tl.constexpr,
     ACT: tl.constexpr,
     MIRROR: tl.constexpr,
 ):
-    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, zeros beyond ``width``.
+    """Features ``[LANES, BF / LANES]`` and log-scale in float32 of the vector at ``x [D]``, times ``live`` (0 or 1).
 
     MIRROR: columns of the projection; features beyond have their negatives.
     """
@@ -64,12 +66,12 @@ def token_features(
     squares = 0.0
     z1 = tl.zeros([BF], tl.float32)
     if w is None:
-        z = tl.load(x + f, mask=f < width, other=0.0).to(tl.float32)
+        z = tl.load(x + f, mask=f < F * live, other=0.0).to(tl.float32)
         squares += tl.sum(z * z, 0)
     else:
         head = tl.where(heads == 1, 0, head)
-        products = tl.zeros([LANES, BF], tl.float32)
-        products1 = tl.zeros([LANES, BF], tl.float32)
+        products = tl.zeros([MAP_LANES, BF], tl.float32)
+        products1 = tl.zeros([MAP_LANES, BF], tl.float32)
         columns = tl.max_contiguous(f, 4)
         sign = 1.0
         if MIRROR < F:
@@ -77,11 +79,11 @@ def token_features(
             columns = tl.max_contiguous(tl.multiple_of(f % MIRROR, whole), whole)
             sign = tl.where(f < MIRROR, 1.0, -1.0)
         for start in range(0, D, BD):
-            d = start + by_lane(BD, LANES)
+            d = start + by_lane(BD, MAP_LANES)
             real = (d < D)[:, :, None] & (f < F)[None, None, :]
             cells = w + head * D * MIRROR + d[:, :, None] * MIRROR + columns[None, None, :]
             first = tl.load(cells, mask=real, other=0.0)
-            xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
+            xd = tl.load(x + d, mask=d < D * live, other=0.0).to(tl.float32)
             squares += tl.sum(tl.sum(xd * xd, 1), 0)
             products += tl.sum(first.to(tl.float32) * xd[:, :, None], 1)
             if ACT == PRODUCT:
@@ -114,7 +116,7 @@ def token_features(
         top = tl.maximum(tl.max(tl.abs(phi), 0), 1.0)
         phi = phi / top
         log_scale = tl.log(top)
-    return tl.where(f < F, phi, 0.0), log_scale
+    return tl.reshape(tl.where(f < F, phi, 0.0), (LANES, BF // LANES)), log_scale
 
 
 @triton.jit
@@ -251,64 +253,64 @@ def step_kernel(
         first = part * BV
         c = first + columns
 
-        # The large tiles are under way before anything waits, what needs no position first.
+        # Large tiles are asked for before anything is waited for: the barrier keeps the assembler from moving them.
         if FAR:
             S = load_rows(kv, f, f < F, c, V)
+            z_old = tl.load(z + f, mask=f < F, other=0.0)
+            before = tl.load(m + place) + gate
         if WINDOW > 0:
             ring_ks = load_rows(ring_k, ring, ring < WINDOW, d, D)
+        tl.debug_barrier()
+        if WINDOW > 0:
             ring_vs = load_rows(ring_v, ring, ring_seen, c, V)
         v_new = tl.load(v + c, mask=c < V, other=0.0)
-        exact_ks = tl.where((sinks == SINKS)[:, :, None], k_new[None, None, :], load_rows(sink_k, sinks, sink_seen, d, D))
-        exact_vs = tl.where((sinks == SINKS)[:, :, None], v_new[None, None, :], load_rows(sink_v, sinks, sink_seen, c, V))
-        exact_seen = sink_seen | ((sinks == SINKS) & near)
+        is_new = sinks == SINKS
+        sink_ks = tl.where(is_new[:, :, None], k_new[None, None, :], load_rows(sink_k, sinks, sink_seen, d, D))
+        sink_vs = tl.where(is_new[:, :, None], v_new[None, None, :], load_rows(sink_v, sinks, sink_seen, c, V))
 
         # Fold. S goes back as soon as every thread has it, which frees its registers after the read-out.
         if FAR:
-            if phi is not None:
-                given = tl.load(phi + (row * heads + head) * F + f, mask=f < tl.where(folds, F, 0), other=0.0)
-                phi_k = given.to(tl.float32)
-                log_k = 0.0
-                if log_phi is not None:
-                    log_k = tl.load(log_phi + row * heads + head)
-            else:
-                if WINDOW == 0:
-                    leaving = kf
-                elif ring_f is not None:
-                    leaving = ring_f + at * DF
-                else:
-                    leaving = ring_k + at * D
-                phi_k, log_k = token_features(
-                    leaving, key_weight, key_bias, head, key_map_heads, norm, constant, tl.where(folds, DF, 0),
-                    DF, F, PART, BF, MAP_LANES, ACT, MIRROR,
+            if G == 1:  # needs no position either
+                phi_q, log_far = token_features(
+                    qf, 1, query_weight, query_bias, head, query_map_heads, norm, constant,
+                    DF, F, PART, BF, LANES, MAP_LANES, ACT, MIRROR,
                 )  # fmt: skip
-                phi_k = tl.reshape(phi_k, (LANES, BF // LANES))
+            if phi is not None:
+                leaving = phi + (row * heads + head) * F
+            elif WINDOW == 0:
+                leaving = kf
+            elif ring_f is not None:
+                leaving = ring_f + at * DF
+            else:
+                leaving = ring_k + at * D
+            phi_k, log_k = token_features(
+                leaving, tl.where(folds, 1, 0), key_weight, key_bias, head, key_map_heads, norm, constant,
+                DF, F, PART, BF, LANES, MAP_LANES, ACT, MIRROR,
+            )  # fmt: skip
+            if log_phi is not None:
+                log_k = tl.load(log_phi + row * heads + head)
             leaving_v = v_new
             if WINDOW > 0:
                 leaving_v = tl.load(ring_v + at * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
-            before = tl.load(m + place) + gate
             log_k = tl.where(folds, log_k + gates_after, EMPTY)
             m_new = tl.maximum(tl.maximum(before, log_k), EMPTY)
             keep = tl.exp(before - m_new)
             phi_k = phi_k * tl.where(folds, tl.exp(log_k - m_new), 0.0)
-            z_new = tl.load(z + f, mask=f < F, other=0.0) * keep + phi_k
+            z_new = z_old * keep + phi_k
             S = S * keep + phi_k[:, :, None] * leaving_v.to(tl.float32)[None, None, :]
             tl.debug_barrier()
             tl.store(kv + f[:, :, None] * V + c[None, None, :], S, mask=(f < F)[:, :, None] & (c < V)[None, None, :])
 
         for g in range(G):
             if FAR:
-                if phi is not None:
-                    phi_q = tl.load(qf + g * qf_h + f, mask=f < F, other=0.0).to(tl.float32)
-                    log_far = m_new
-                    if log_q is not None:
-                        log_far += tl.load(log_q + (row * heads + head) * G + g)
-                else:
+                if G > 1:
                     phi_q, log_far = token_features(
-                        qf + g * qf_h, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
-                        DF, F, PART, BF, MAP_LANES, ACT, MIRROR,
+                        qf + g * qf_h, 1, query_weight, query_bias, head * G + g, query_map_heads, norm, constant,
+                        DF, F, PART, BF, LANES, MAP_LANES, ACT, MIRROR,
                     )  # fmt: skip
-                    phi_q = tl.reshape(phi_q, (LANES, BF // LANES))
-                    log_far += m_new
+                log_far += m_new
+                if log_q is not None:
+                    log_far += tl.load(log_q + (row * heads + head) * G + g)
                 if far_bias is not None:
                     log_far += tl.load(far_bias + head * G + g).to(tl.float32)
                 masses = tl.sum(phi_q * z_new, 1)
@@ -319,7 +321,9 @@ def step_kernel(
             acc = tl.zeros([LANES, BV], tl.float32)
             dens = tl.zeros([LANES], tl.float32)
             tops = tl.full([LANES], EMPTY / 2, tl.float32)
-            acc, dens, tops = attend_rows(acc, dens, tops, xq, exact_ks, exact_vs, exact_seen, softcap, SOFTCAP)
+            acc, dens, tops = attend_rows(
+                acc, dens, tops, xq, sink_ks, sink_vs, sink_seen | (is_new & near), softcap, SOFTCAP
+            )
             if WINDOW > 0:
                 acc, dens, tops = attend_rows(acc, dens, tops, xq, ring_ks, ring_vs, ring_seen, softcap, SOFTCAP)
             for start in range(BW, WINDOW, BW):
@@ -376,8 +380,10 @@ def step_kernel(
 
 STATE_TILE = 128 * 256
 """Largest part ``[BF, BV]`` of a state that one program holds in its registers."""
-STATE_NUMBERS, OTHER_NUMBERS = 64, 16
-"""Numbers a thread holds of the state, and of a block of the ring or of a projection."""
+STATE_NUMBERS, OTHER_BYTES = 32, 64
+"""Numbers a thread holds of the state where 16 warps are enough, bytes of a block of the ring or of a projection."""
+REGISTERS = 128
+"""Of a thread: 16 warps fit a multiprocessor, whose programs load while others compute."""
 
 
 @torch.no_grad()
@@ -398,6 +404,8 @@ def decode_step(
     slot_indices: Tensor | None = None,
     out: Tensor | None = None,
     num_warps: int | None = None,
+    window_block: int | None = None,
+    registers: int | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence, and its entry into the memory, which is changed in place.
 
@@ -416,7 +424,8 @@ def decode_step(
         slot_indices: ``[N]`` int32 or int64, the slot of each row, without repeats; a negative one is an idle row: it
             answers zero and touches nothing. Default: row i is slot i.
         out: ``[N, H, V]`` to write to.
-        num_warps: warps of a program. Default by the size of the state.
+        num_warps: warps of a program. Default by the size of the state. window_block: rows of the window at a time, a
+            power of two. registers: the most a thread may have.
 
     Returns:
         ``[N, H, V]`` in the dtype of v.
@@ -430,7 +439,7 @@ def decode_step(
         scale = q.shape[-1] ** -0.5 if feature_map is None else feature_map.scale
     return _step(
         slots, q, k, v, feature_map, decay, far_bias, sink_logits, softcap, scale, q_far, k_far, slot_indices, out,
-        num_warps, autocast_dtype(q),
+        autocast_dtype(q), num_warps, window_block, registers,
     )  # fmt: skip
 
 
@@ -460,7 +469,7 @@ def attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     slots = DecodeSlots.from_state(state, dtype=call.k.dtype)
     out = _step(
         slots, call.q[:, 0], call.k[:, 0], call.v[:, 0], call.feature_map, token(call.decay), call.far_bias,
-        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None, None,
+        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None,
         call.autocast,
     )  # fmt: skip
     return out[:, None], slots.to_state() if call.return_state else None
@@ -481,8 +490,10 @@ def _step(
     k_far: Tensor | None,
     slot_indices: Tensor | None,
     out: Tensor | None,
-    num_warps: int | None,
     autocast_to: torch.dtype | None,
+    num_warps: int | None = None,
+    window_block: int | None = None,
+    registers: int | None = None,
 ) -> Tensor:
     n, heads, head_dim = q.shape
     kv_heads, value_dim, features = k.shape[1], v.shape[2], slots.feature_dim
@@ -513,9 +524,14 @@ def _step(
     bdf = triton.next_power_of_2(kf.shape[-1])
     if num_warps is None:
         num_warps = min(max(bf * bv // (32 * STATE_NUMBERS), 4), 16) if features else 4
-    block = 32 * num_warps * OTHER_NUMBERS
-    lanes, map_lanes = (max(32 * num_warps * 4 // size, 1) for size in (bv, bf))
+    threads = 32 * num_warps
+    lanes, map_lanes = (max(4 * threads // size, 1) for size in (bv, bf))
     bf = max(bf, lanes)
+    block = threads * OTHER_BYTES // (2 if bf * bv > threads * STATE_NUMBERS else 1)
+    if window_block is None:
+        window_block = min(triton.next_power_of_2(max(window, 1)), block // (max(bd, bv) * k.element_size()))
+    weight_size = 4 if weights[0] is None else weights[0].element_size()
+    options = {"maxnreg": registers or REGISTERS} if NVIDIA else {}
     weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),
@@ -533,12 +549,12 @@ def _step(
         scale, softcap or 0.0, found.norm if found is not None else 0.0, found.constant if found is not None else 0.0,
         kv_heads,
         G=heads // kv_heads, D=head_dim, V=value_dim, DF=kf.shape[-1], F=features,
-        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=max(min(bdf, block // bf), map_lanes),
-        WINDOW=window, BW=max(min(triton.next_power_of_2(max(window, 1)), block // max(bd, bv)), lanes),
+        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=max(min(bdf, block // (bf * weight_size)), map_lanes),
+        WINDOW=window, BW=max(window_block, lanes),
         SINKS=sinks, BS=max(triton.next_power_of_2(sinks + 1), lanes), LANES=lanes, MAP_LANES=map_lanes,
         FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation],
         MIRROR=features // 2 if found is not None and found.mirrored else features, SOFTCAP=bool(softcap),
-        num_warps=num_warps,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 

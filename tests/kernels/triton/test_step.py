@@ -257,7 +257,7 @@ def test_without_a_far_branch(window: int, sinks: int) -> None:
 def test_tiles_smaller_than_the_tensors(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values in several parts, the ring in several blocks, the projection in several pieces."""
     monkeypatch.setattr(step, "STATE_TILE", 1)
-    monkeypatch.setattr(step, "OTHER_NUMBERS", 1)
+    monkeypatch.setattr(step, "OTHER_BYTES", 1)
     Run(name, window, length=window + 5, value_dim=20, extras=("far_inputs",)).check()
 
 
