@@ -40,62 +40,81 @@ def by_lane(N: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def token_features(
+def project_token(
     x,
     live,
     w,
-    c,
     head,
     heads,
-    norm,
-    constant,
     D: tl.constexpr,
     F: tl.constexpr,
     BD: tl.constexpr,
     BF: tl.constexpr,
     LANES: tl.constexpr,
-    MAP_LANES: tl.constexpr,
     ACT: tl.constexpr,
     MIRROR: tl.constexpr,
 ):
-    """Features ``[LANES, BF / LANES]`` and log-scale in float32 of the vector at ``x [D]``, times ``live`` (0 or 1).
+    """Terms ``[LANES, BF]`` of both projections of ``x [D]`` and ``[LANES]`` of its square, times ``live`` (0, 1).
 
-    MIRROR: columns of the projection; features beyond have their negatives.
+    MIRROR: columns of a projection; features beyond have their negatives. Sums stay in a thread: nothing waits here.
     """
     f = tl.arange(0, BF)
-    squares = 0.0
-    z1 = tl.zeros([BF], tl.float32)
     if w is None:
-        z = tl.load(x + f, mask=f < F * live, other=0.0).to(tl.float32)
-        squares += tl.sum(z * z, 0)
+        z = tl.load(x + f, mask=f < F * live, other=0.0).to(tl.float32)[None, :]
+        z1 = z
+        squares = tl.sum(z * z, 1)
     else:
         head = tl.where(heads == 1, 0, head)
-        products = tl.zeros([MAP_LANES, BF], tl.float32)
-        products1 = tl.zeros([MAP_LANES, BF], tl.float32)
+        z = tl.zeros([LANES, BF], tl.float32)
+        z1 = tl.zeros([LANES, BF], tl.float32)
+        squares = tl.zeros([LANES], tl.float32)
         columns = tl.max_contiguous(f, 4)
-        sign = 1.0
         if MIRROR < F:
             whole: tl.constexpr = 4 if MIRROR % 4 == 0 else 1
             columns = tl.max_contiguous(tl.multiple_of(f % MIRROR, whole), whole)
-            sign = tl.where(f < MIRROR, 1.0, -1.0)
         for start in range(0, D, BD):
-            d = start + by_lane(BD, MAP_LANES)
+            d = start + by_lane(BD, LANES)
             real = (d < D)[:, :, None] & (f < F)[None, None, :]
             cells = w + head * D * MIRROR + d[:, :, None] * MIRROR + columns[None, None, :]
             first = tl.load(cells, mask=real, other=0.0)
             xd = tl.load(x + d, mask=d < D * live, other=0.0).to(tl.float32)
-            squares += tl.sum(tl.sum(xd * xd, 1), 0)
-            products += tl.sum(first.to(tl.float32) * xd[:, :, None], 1)
+            squares += tl.sum(xd * xd, 1)
+            z += tl.sum(first.to(tl.float32) * xd[:, :, None], 1)
             if ACT == PRODUCT:
                 second = tl.load(cells + heads * D * MIRROR, mask=real, other=0.0)
-                products1 += tl.sum(second.to(tl.float32) * xd[:, :, None], 1)
-        z = tl.sum(products, 0) * sign
+                z1 += tl.sum(second.to(tl.float32) * xd[:, :, None], 1)
+        if MIRROR < F:
+            sign = tl.where(f < MIRROR, 1.0, -1.0)[None, :]
+            z *= sign
+            z1 *= sign
+    return z, z1, squares
+
+
+@triton.jit
+def activate(
+    z,
+    z1,
+    squares,
+    c,
+    head,
+    heads,
+    norm,
+    constant,
+    F: tl.constexpr,
+    BF: tl.constexpr,
+    LANES: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """Features ``[LANES, BF / LANES]`` and log-scale in float32 of what :func:`project_token` found."""
+    f = tl.arange(0, BF)
+    z = tl.sum(z, 0)
+    if ACT == PRODUCT:
+        z1 = tl.sum(z1, 0)
+    if c is not None:
+        head = tl.where(heads == 1, 0, head)
+        z += load_bias(c, head, 0, heads, F, BF)
         if ACT == PRODUCT:
-            z1 = tl.sum(products1, 0) * sign
-        if c is not None:
-            z += load_bias(c, head, 0, heads, F, BF)
-            if ACT == PRODUCT:
-                z1 += load_bias(c, head, 1, heads, F, BF)
+            z1 += load_bias(c, head, 1, heads, F, BF)
     phi = z
     log_scale = 0.0
     if ACT == RELU:
@@ -110,7 +129,7 @@ def token_features(
         z = tl.where(f < F, z, EMPTY)
         top = tl.max(z, 0)
         phi = tl.exp(z - top)
-        log_scale = top - norm * squares + constant
+        log_scale = top - norm * tl.sum(squares, 0) + constant
     elif ACT == PRODUCT:
         phi = z * z1
         top = tl.maximum(tl.max(tl.abs(phi), 0), 1.0)
@@ -189,6 +208,9 @@ def step_kernel(
 
     with γ the new token's gate, b the leaving token's log-scale plus the gates of the W tokens after it, S and z
     relative to exp(m). No other program touches its part of the memory; here, all threads read before any writes.
+
+    Tiles are ``[LANES, rows, columns]`` with a thread's rows all in one lane: sums over tokens and features stay in the
+    thread, and lanes meet once, at the end.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -241,13 +263,8 @@ def step_kernel(
     k_new = tl.load(k + d, mask=d < D, other=0.0)
 
     gate = 0.0
-    gates_after = 0.0  # of the tokens behind the leaving one
     if decay is not None:
         gate = tl.maximum(tl.load(decay + row * decay_n + head * decay_h).to(tl.float32), STRONGEST)
-        if WINDOW > 0:
-            entries = tl.arange(0, triton.next_power_of_2(WINDOW))
-            behind = (entries < WINDOW) & (entries != at)
-            gates_after = gate + tl.sum(tl.load(ring_decay + entries, mask=behind, other=0.0), 0)
 
     for part in tl.static_range((V + BV - 1) // BV):  # one part unless F · V is large: each computes the same weights
         first = part * BV
@@ -270,11 +287,13 @@ def step_kernel(
 
         # Fold. S goes back as soon as every thread has it, which frees its registers after the read-out.
         if FAR:
-            if G == 1:  # needs no position either
-                phi_q, log_far = token_features(
-                    qf, 1, query_weight, query_bias, head, query_map_heads, norm, constant,
-                    DF, F, PART, BF, LANES, MAP_LANES, ACT, MIRROR,
-                )  # fmt: skip
+            if G == 1:
+                z_q, z1_q, squares_q = project_token(
+                    qf, 1, query_weight, head, query_map_heads, DF, F, PART, BF, MAP_LANES, ACT, MIRROR
+                )
+            leaving_v = v_new
+            if WINDOW > 0:
+                leaving_v = tl.load(ring_v + at * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
             if phi is not None:
                 leaving = phi + (row * heads + head) * F
             elif WINDOW == 0:
@@ -283,16 +302,20 @@ def step_kernel(
                 leaving = ring_f + at * DF
             else:
                 leaving = ring_k + at * D
-            phi_k, log_k = token_features(
-                leaving, tl.where(folds, 1, 0), key_weight, key_bias, head, key_map_heads, norm, constant,
-                DF, F, PART, BF, LANES, MAP_LANES, ACT, MIRROR,
-            )  # fmt: skip
+            z_k, z1_k, squares_k = project_token(
+                leaving, tl.where(folds, 1, 0), key_weight, head, key_map_heads, DF, F, PART, BF, MAP_LANES, ACT, MIRROR
+            )
+            phi_k, log_k = activate(
+                z_k, z1_k, squares_k, key_bias, head, key_map_heads, norm, constant, F, BF, LANES, ACT
+            )
             if log_phi is not None:
                 log_k = tl.load(log_phi + row * heads + head)
-            leaving_v = v_new
             if WINDOW > 0:
-                leaving_v = tl.load(ring_v + at * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
-            log_k = tl.where(folds, log_k + gates_after, EMPTY)
+                if decay is not None:
+                    entries = tl.arange(0, triton.next_power_of_2(WINDOW))
+                    behind = (entries < WINDOW) & (entries != at)
+                    log_k += gate + tl.sum(tl.load(ring_decay + entries, mask=behind, other=0.0), 0)
+            log_k = tl.where(folds, log_k, EMPTY)
             m_new = tl.maximum(tl.maximum(before, log_k), EMPTY)
             keep = tl.exp(before - m_new)
             phi_k = phi_k * tl.where(folds, tl.exp(log_k - m_new), 0.0)
@@ -303,11 +326,14 @@ def step_kernel(
 
         for g in range(G):
             if FAR:
+                h = head * G + g
                 if G > 1:
-                    phi_q, log_far = token_features(
-                        qf + g * qf_h, 1, query_weight, query_bias, head * G + g, query_map_heads, norm, constant,
-                        DF, F, PART, BF, LANES, MAP_LANES, ACT, MIRROR,
-                    )  # fmt: skip
+                    z_q, z1_q, squares_q = project_token(
+                        qf + g * qf_h, 1, query_weight, h, query_map_heads, DF, F, PART, BF, MAP_LANES, ACT, MIRROR
+                    )
+                phi_q, log_far = activate(
+                    z_q, z1_q, squares_q, query_bias, h, query_map_heads, norm, constant, F, BF, LANES, ACT
+                )
                 log_far += m_new
                 if log_q is not None:
                     log_far += tl.load(log_q + (row * heads + head) * G + g)
