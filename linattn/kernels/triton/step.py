@@ -26,6 +26,7 @@ from linattn.kernels.triton.device import (
     load_bias,
     tanh,
 )
+from linattn.kernels.triton.runtime import NVIDIA
 from linattn.kernels.validate import STRONGEST_DECAY, Call
 from linattn.state import AttentionState
 
@@ -33,58 +34,87 @@ STRONGEST = tl.constexpr(STRONGEST_DECAY)
 
 
 @triton.jit
-def token_features(
+def by_lane(N: tl.constexpr, LANES: tl.constexpr):
+    """The numbers below N as ``[LANES, N / LANES]``."""
+    return tl.arange(0, LANES)[:, None] * (N // LANES) + tl.arange(0, N // LANES)[None, :]
+
+
+@triton.jit
+def project_token(
     x,
+    live,
     w,
+    head,
+    heads,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    LANES: tl.constexpr,
+    ACT: tl.constexpr,
+    MIRROR: tl.constexpr,
+):
+    """Terms ``[LANES, BF]`` of both projections of ``x [D]`` and ``[LANES]`` of its square, times ``live`` (0, 1).
+
+    MIRROR: columns of a projection; features beyond have their negatives. Sums stay in a thread: nothing waits here.
+    """
+    f = tl.arange(0, BF)
+    if w is None:
+        z = tl.load(x + f, mask=f < F * live, other=0.0).to(tl.float32)[None, :]
+        z1 = z
+        squares = tl.sum(z * z, 1)
+    else:
+        head = tl.where(heads == 1, 0, head)
+        z = tl.zeros([LANES, BF], tl.float32)
+        z1 = tl.zeros([LANES, BF], tl.float32)
+        squares = tl.zeros([LANES], tl.float32)
+        columns = tl.max_contiguous(f, 4)
+        if MIRROR < F:
+            whole: tl.constexpr = 4 if MIRROR % 4 == 0 else 1
+            columns = tl.max_contiguous(tl.multiple_of(f % MIRROR, whole), whole)
+        for start in range(0, D, BD):
+            d = start + by_lane(BD, LANES)
+            real = (d < D)[:, :, None] & (f < F)[None, None, :]
+            cells = w + head * D * MIRROR + d[:, :, None] * MIRROR + columns[None, None, :]
+            first = tl.load(cells, mask=real, other=0.0)
+            xd = tl.load(x + d, mask=d < D * live, other=0.0).to(tl.float32)
+            squares += tl.sum(xd * xd, 1)
+            z += tl.sum(first.to(tl.float32) * xd[:, :, None], 1)
+            if ACT == PRODUCT:
+                second = tl.load(cells + heads * D * MIRROR, mask=real, other=0.0)
+                z1 += tl.sum(second.to(tl.float32) * xd[:, :, None], 1)
+        if MIRROR < F:
+            sign = tl.where(f < MIRROR, 1.0, -1.0)[None, :]
+            z *= sign
+            z1 *= sign
+    return z, z1, squares
+
+
+@triton.jit
+def activate(
+    z,
+    z1,
+    squares,
     c,
     head,
     heads,
     norm,
     constant,
-    width,
-    D: tl.constexpr,
     F: tl.constexpr,
-    BD: tl.constexpr,
     BF: tl.constexpr,
+    LANES: tl.constexpr,
     ACT: tl.constexpr,
-    MIRROR: tl.constexpr,
 ):
-    """Features ``[BF]`` and log-scale in float32 of the vector at ``x [D]``, zeros beyond ``width``.
-
-    MIRROR: columns of the projection; features beyond have their negatives.
-    """
+    """Features ``[LANES, BF / LANES]`` and log-scale in float32 of what :func:`project_token` found."""
     f = tl.arange(0, BF)
-    squares = 0.0
-    z1 = tl.zeros([BF], tl.float32)
-    if w is None:
-        z = tl.load(x + f, mask=f < width, other=0.0).to(tl.float32)
-        squares += tl.sum(z * z, 0)
-    else:
+    z = tl.sum(z, 0)
+    if ACT == PRODUCT:
+        z1 = tl.sum(z1, 0)
+    if c is not None:
         head = tl.where(heads == 1, 0, head)
-        products = tl.zeros([BD, BF], tl.float32)
-        products1 = tl.zeros([BD, BF], tl.float32)
-        columns = f
-        sign = 1.0
-        if MIRROR < F:
-            columns = f % MIRROR
-            sign = tl.where(f < MIRROR, 1.0, -1.0)
-        for start in range(0, D, BD):
-            d = start + tl.arange(0, BD)
-            xd = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
-            squares += tl.sum(xd * xd, 0)
-            real = (d < D)[:, None] & (f < F)[None, :]
-            cells = d[:, None] * MIRROR + columns[None, :]
-            products += tl.load(w + head * D * MIRROR + cells, mask=real, other=0.0).to(tl.float32) * xd[:, None]
-            if ACT == PRODUCT:
-                second = tl.load(w + (heads + head) * D * MIRROR + cells, mask=real, other=0.0)
-                products1 += second.to(tl.float32) * xd[:, None]
-        z = tl.sum(products, 0) * sign
+        z += load_bias(c, head, 0, heads, F, BF)
         if ACT == PRODUCT:
-            z1 = tl.sum(products1, 0) * sign
-        if c is not None:
-            z += load_bias(c, head, 0, heads, F, BF)
-            if ACT == PRODUCT:
-                z1 += load_bias(c, head, 1, heads, F, BF)
+            z1 += load_bias(c, head, 1, heads, F, BF)
     phi = z
     log_scale = 0.0
     if ACT == RELU:
@@ -99,38 +129,41 @@ def token_features(
         z = tl.where(f < F, z, EMPTY)
         top = tl.max(z, 0)
         phi = tl.exp(z - top)
-        log_scale = top - norm * squares + constant
+        log_scale = top - norm * tl.sum(squares, 0) + constant
     elif ACT == PRODUCT:
         phi = z * z1
         top = tl.maximum(tl.max(tl.abs(phi), 0), 1.0)
         phi = phi / top
         log_scale = tl.log(top)
-    return tl.where(f < F, phi, 0.0), log_scale
+    return tl.reshape(tl.where(f < F, phi, 0.0), (LANES, BF // LANES)), log_scale
 
 
 @triton.jit
-def load_tokens(base, rows, seen, WIDTH, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """``[N, BLOCK]`` of ``WIDTH`` columns of the ``seen`` tokens, zeros elsewhere.
+def load_rows(base, rows, seen, columns, WIDTH: tl.constexpr):
+    """The ``seen`` of ``rows [LANES, N]`` of a matrix of ``WIDTH`` columns at ``base``, zeros elsewhere."""
+    cells = rows[:, :, None] * WIDTH + columns[None, None, :]
+    return tl.load(base + cells, mask=seen[:, :, None] & (columns < WIDTH)[None, None, :], other=0.0)
 
-    Four columns a thread whatever the dtype, as float32 states are loaded: no tile has to change its layout.
-    """
-    columns = tl.max_contiguous(tl.arange(0, BLOCK), 4)
-    cells = rows[:, None] * STRIDE + columns[None, :]
-    return tl.load(base + cells, mask=seen[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+@triton.jit
+def is_seen(rows, at, recent, WINDOW: tl.constexpr):
+    """Which ``rows`` of a ring hold the ``recent`` tokens before the new one, whose place is ``at``."""
+    age = tl.where(rows <= at, at - rows, at - rows + WINDOW)
+    return (rows < WINDOW) & (age > 0) & (age <= recent)
 
 
 @triton.jit
 def attend_rows(acc, den, top, xq, k, v, seen, softcap, SOFTCAP: tl.constexpr):
-    """Online softmax of one scaled query ``xq [BD]``: more keys ``k [N, BD]`` and values ``v [N, BV]``."""
-    s = tl.sum(k.to(tl.float32) * xq[None, :], 1)
+    """Online softmax, in each lane its own, of a scaled query ``xq [BD]``: more keys and values ``[LANES, N, ...]``."""
+    s = tl.sum(k.to(tl.float32) * xq[None, None, :], 2)
     if SOFTCAP:
         s = softcap * tanh(s / softcap)
     s = tl.where(seen, s, EMPTY)
-    new = tl.maximum(tl.maximum(top, tl.max(s, 0)), EMPTY / 2)
+    new = tl.maximum(top, tl.max(s, 1))
     keep = tl.exp(top - new)
-    p = tl.exp(s - new)
-    acc = acc * keep + tl.sum(p[:, None] * v.to(tl.float32), 0)
-    return acc, den * keep + tl.sum(p, 0), new
+    p = tl.exp(s - new[:, None])
+    acc = acc * keep[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32), 1)
+    return acc, den * keep + tl.sum(p, 1), new
 
 
 @triton.jit
@@ -157,6 +190,8 @@ def step_kernel(
     BDF: tl.constexpr,
     BF: tl.constexpr,
     PART: tl.constexpr,
+    LANES: tl.constexpr,
+    MAP_LANES: tl.constexpr,
     WINDOW: tl.constexpr,
     BW: tl.constexpr,
     SINKS: tl.constexpr,
@@ -173,6 +208,9 @@ def step_kernel(
 
     with γ the new token's gate, b the leaving token's log-scale plus the gates of the W tokens after it, S and z
     relative to exp(m). No other program touches its part of the memory; here, all threads read before any writes.
+
+    Tiles are ``[LANES, rows, columns]`` with a thread's rows all in one lane: sums over tokens and features stay in the
+    thread, and lanes meet once, at the end.
     """
     pid = tl.program_id(0)
     head = pid % heads
@@ -186,9 +224,10 @@ def step_kernel(
     qf += row * qf_n + head * G * qf_h
     kf += row * kf_n + head * kf_h
     out += row * out_n + head * G * out_h
-    d = tl.arange(0, BD)
-    f = tl.arange(0, BF)
-    columns = tl.arange(0, BV)
+    # Four columns a thread whatever the dtype, as float32 states are loaded: no tile has to change its layout.
+    d = tl.max_contiguous(tl.arange(0, BD), 4)
+    columns = tl.max_contiguous(tl.arange(0, BV), 4)
+    f = by_lane(BF, LANES)
     if slot < 0:
         for g in range(G):
             for first in range(0, V, BV):
@@ -212,117 +251,131 @@ def step_kernel(
     folds = p - WINDOW >= SINKS  # a token leaves the window, and is no sink
     near = is_sink  # the new token is attended exactly
     at = 0  # its place in the ring, where the leaving token is until then
+    recent = 0
     if WINDOW > 0:
         near = p >= 0
         at = (p % WINDOW).to(tl.int32)
+        recent = tl.minimum(p, WINDOW).to(tl.int32)
+    ring = by_lane(BW, LANES)
+    ring_seen = is_seen(ring, at, recent, WINDOW)
+    sinks = by_lane(BS, LANES)  # and behind them the new token, which is not in the ring yet
+    sink_seen = (sinks < SINKS) & (sinks < p) & (p - sinks >= WINDOW)
     k_new = tl.load(k + d, mask=d < D, other=0.0)
 
     gate = 0.0
-    gates_after = 0.0  # of the tokens behind the leaving one
     if decay is not None:
         gate = tl.maximum(tl.load(decay + row * decay_n + head * decay_h).to(tl.float32), STRONGEST)
-        if WINDOW > 0:
-            entries = tl.arange(0, triton.next_power_of_2(WINDOW))
-            behind = (entries < WINDOW) & (entries != at)
-            gates_after = gate + tl.sum(tl.load(ring_decay + entries, mask=behind, other=0.0), 0)
 
     for part in tl.static_range((V + BV - 1) // BV):  # one part unless F · V is large: each computes the same weights
         first = part * BV
         c = first + columns
+
+        # Large tiles are asked for before anything is waited for: the barrier keeps the assembler from moving them.
+        if FAR:
+            S = load_rows(kv, f, f < F, c, V)
+            z_old = tl.load(z + f, mask=f < F, other=0.0)
+            before = tl.load(m + place) + gate
+        if WINDOW > 0:
+            ring_ks = load_rows(ring_k, ring, ring < WINDOW, d, D)
+        tl.debug_barrier()
+        if WINDOW > 0:
+            ring_vs = load_rows(ring_v, ring, ring_seen, c, V)
         v_new = tl.load(v + c, mask=c < V, other=0.0)
+        is_new = sinks == SINKS
+        sink_ks = tl.where(is_new[:, :, None], k_new[None, None, :], load_rows(sink_k, sinks, sink_seen, d, D))
+        sink_vs = tl.where(is_new[:, :, None], v_new[None, None, :], load_rows(sink_v, sinks, sink_seen, c, V))
 
         # Fold. S goes back as soon as every thread has it, which frees its registers after the read-out.
         if FAR:
-            cells = f[:, None] * V + c[None, :]
-            real = (f < F)[:, None] & (c < V)[None, :]
-            S = tl.load(kv + cells, mask=real, other=0.0)
-            if phi is not None:
-                given = tl.load(phi + (row * heads + head) * F + f, mask=f < tl.where(folds, F, 0), other=0.0)
-                phi_k = given.to(tl.float32)
-                log_k = 0.0
-                if log_phi is not None:
-                    log_k = tl.load(log_phi + row * heads + head)
-            else:
-                if WINDOW == 0:
-                    leaving = kf
-                elif ring_f is not None:
-                    leaving = ring_f + at * DF
-                else:
-                    leaving = ring_k + at * D
-                phi_k, log_k = token_features(
-                    leaving, key_weight, key_bias, head, key_map_heads, norm, constant, tl.where(folds, DF, 0),
-                    DF, F, PART, BF, ACT, MIRROR,
-                )  # fmt: skip
+            if G == 1:
+                z_q, z1_q, squares_q = project_token(
+                    qf, 1, query_weight, head, query_map_heads, DF, F, PART, BF, MAP_LANES, ACT, MIRROR
+                )
             leaving_v = v_new
             if WINDOW > 0:
                 leaving_v = tl.load(ring_v + at * V + c, mask=c < tl.where(folds, V, 0), other=0.0)
-            before = tl.load(m + place) + gate
-            log_k = tl.where(folds, log_k + gates_after, EMPTY)
+            if phi is not None:
+                leaving = phi + (row * heads + head) * F
+            elif WINDOW == 0:
+                leaving = kf
+            elif ring_f is not None:
+                leaving = ring_f + at * DF
+            else:
+                leaving = ring_k + at * D
+            z_k, z1_k, squares_k = project_token(
+                leaving, tl.where(folds, 1, 0), key_weight, head, key_map_heads, DF, F, PART, BF, MAP_LANES, ACT, MIRROR
+            )
+            phi_k, log_k = activate(
+                z_k, z1_k, squares_k, key_bias, head, key_map_heads, norm, constant, F, BF, LANES, ACT
+            )
+            if log_phi is not None:
+                log_k = tl.load(log_phi + row * heads + head)
+            if WINDOW > 0:
+                if decay is not None:
+                    entries = tl.arange(0, triton.next_power_of_2(WINDOW))
+                    behind = (entries < WINDOW) & (entries != at)
+                    log_k += gate + tl.sum(tl.load(ring_decay + entries, mask=behind, other=0.0), 0)
+            log_k = tl.where(folds, log_k, EMPTY)
             m_new = tl.maximum(tl.maximum(before, log_k), EMPTY)
             keep = tl.exp(before - m_new)
             phi_k = phi_k * tl.where(folds, tl.exp(log_k - m_new), 0.0)
-            z_new = tl.load(z + f, mask=f < F, other=0.0) * keep + phi_k
-            S = S * keep + phi_k[:, None] * leaving_v.to(tl.float32)[None, :]
+            z_new = z_old * keep + phi_k
+            S = S * keep + phi_k[:, :, None] * leaving_v.to(tl.float32)[None, None, :]
             tl.debug_barrier()
-            tl.store(kv + cells, S, mask=real)
-
-        if SINKS > 0:
-            sinks = tl.arange(0, BS)
-            sink_seen = (sinks < SINKS) & (sinks < p) & (p - sinks >= WINDOW)
-            sink_ks = load_tokens(sink_k, sinks, sink_seen, D, D, BD)
-            sink_vs = load_tokens(sink_v + first, sinks, sink_seen, V - first, V, BV)
+            tl.store(kv + f[:, :, None] * V + c[None, None, :], S, mask=(f < F)[:, :, None] & (c < V)[None, None, :])
 
         for g in range(G):
             if FAR:
-                if phi is not None:
-                    phi_q = tl.load(qf + g * qf_h + f, mask=f < F, other=0.0).to(tl.float32)
-                    log_far = m_new
-                    if log_q is not None:
-                        log_far += tl.load(log_q + (row * heads + head) * G + g)
-                else:
-                    phi_q, log_far = token_features(
-                        qf + g * qf_h, query_weight, query_bias, head * G + g, query_map_heads, norm, constant, DF,
-                        DF, F, PART, BF, ACT, MIRROR,
-                    )  # fmt: skip
-                    log_far += m_new
+                h = head * G + g
+                if G > 1:
+                    z_q, z1_q, squares_q = project_token(
+                        qf + g * qf_h, 1, query_weight, h, query_map_heads, DF, F, PART, BF, MAP_LANES, ACT, MIRROR
+                    )
+                phi_q, log_far = activate(
+                    z_q, z1_q, squares_q, query_bias, h, query_map_heads, norm, constant, F, BF, LANES, ACT
+                )
+                log_far += m_new
+                if log_q is not None:
+                    log_far += tl.load(log_q + (row * heads + head) * G + g)
                 if far_bias is not None:
                     log_far += tl.load(far_bias + head * G + g).to(tl.float32)
-                mass = tl.sum(phi_q * z_new, 0)
-                num = tl.sum(S * phi_q[:, None], 0)
+                masses = tl.sum(phi_q * z_new, 1)
+                num = tl.sum(S * phi_q[:, :, None], 1)
+                mass = tl.sum(masses, 0)
 
-            # The exact part starts with the new token, which is not in the ring yet.
             xq = tl.load(q + g * q_h + d, mask=d < D, other=0.0).to(tl.float32) * scale
-            s = tl.sum(xq * k_new.to(tl.float32), 0)
-            if SOFTCAP:
-                s = softcap * tanh(s / softcap)
-            top = tl.where(near, s, EMPTY)
-            den = tl.where(near, 1.0, 0.0)
-            acc = v_new.to(tl.float32) * den
-            for block in range((WINDOW + BW - 1) // BW):
-                slots = block * BW + tl.arange(0, BW)
-                age = tl.where(slots <= at, at - slots, at - slots + WINDOW)
-                seen = (slots < WINDOW) & (age > 0) & (age <= p)
-                ks = load_tokens(ring_k, slots, seen, D, D, BD)
-                vs = load_tokens(ring_v + first, slots, seen, V - first, V, BV)
-                acc, den, top = attend_rows(acc, den, top, xq, ks, vs, seen, softcap, SOFTCAP)
-            if SINKS > 0:
-                acc, den, top = attend_rows(acc, den, top, xq, sink_ks, sink_vs, sink_seen, softcap, SOFTCAP)
+            acc = tl.zeros([LANES, BV], tl.float32)
+            dens = tl.zeros([LANES], tl.float32)
+            tops = tl.full([LANES], EMPTY / 2, tl.float32)
+            acc, dens, tops = attend_rows(
+                acc, dens, tops, xq, sink_ks, sink_vs, sink_seen | (is_new & near), softcap, SOFTCAP
+            )
+            if WINDOW > 0:
+                acc, dens, tops = attend_rows(acc, dens, tops, xq, ring_ks, ring_vs, ring_seen, softcap, SOFTCAP)
+            for start in range(BW, WINDOW, BW):
+                seen = is_seen(start + ring, at, recent, WINDOW)
+                ks = load_rows(ring_k, start + ring, seen, d, D)
+                vs = load_rows(ring_v, start + ring, seen, c, V)
+                acc, dens, tops = attend_rows(acc, dens, tops, xq, ks, vs, seen, softcap, SOFTCAP)
 
             # One normaliser.
-            new = tl.maximum(top, EMPTY / 2)
+            top = tl.max(tops, 0)
             if FAR:
-                new = tl.maximum(new, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
+                top = tl.maximum(top, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
             if sink_logits is not None:
                 sink_logit = tl.load(sink_logits + head * G + g).to(tl.float32)
-                new = tl.maximum(new, sink_logit)
-            acc = acc * tl.exp(top - new)
-            den = den * tl.exp(top - new)
+                top = tl.maximum(top, sink_logit)
+            weights = tl.exp(tops - top)
+            acc = acc * weights[:, None]
+            dens = dens * weights
             if FAR:
-                take = tl.exp(log_far - new)
+                take = tl.exp(log_far - top)
                 acc += num * take
-                den += mass * take
+                dens += masses * take
+            acc = tl.sum(acc, 0)
+            den = tl.sum(dens, 0)
             if sink_logits is not None:
-                den += tl.exp(sink_logit - new)
+                den += tl.exp(sink_logit - top)
             floor = tl.where(den < 0, -DENOMINATOR_FLOOR, DENOMINATOR_FLOOR)
             acc = acc / tl.where(tl.abs(den) < DENOMINATOR_FLOOR, floor, den)
             tl.store(out + g * out_h + c, acc.to(out.dtype.element_ty), mask=c < V)
@@ -353,8 +406,10 @@ def step_kernel(
 
 STATE_TILE = 128 * 256
 """Largest part ``[BF, BV]`` of a state that one program holds in its registers."""
-STATE_NUMBERS, OTHER_NUMBERS = 64, 16
-"""Numbers a thread holds of the state, and of a block of the ring or of a projection."""
+STATE_NUMBERS, OTHER_BYTES = 32, 64
+"""Numbers a thread holds of the state where 16 warps are enough, bytes of a block of the ring or of a projection."""
+REGISTERS = 128
+"""Of a thread: 16 warps fit a multiprocessor, whose programs load while others compute."""
 
 
 @torch.no_grad()
@@ -375,6 +430,8 @@ def decode_step(
     slot_indices: Tensor | None = None,
     out: Tensor | None = None,
     num_warps: int | None = None,
+    window_block: int | None = None,
+    registers: int | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence, and its entry into the memory, which is changed in place.
 
@@ -393,7 +450,8 @@ def decode_step(
         slot_indices: ``[N]`` int32 or int64, the slot of each row, without repeats; a negative one is an idle row: it
             answers zero and touches nothing. Default: row i is slot i.
         out: ``[N, H, V]`` to write to.
-        num_warps: warps of a program. Default by the size of the state.
+        num_warps: warps of a program. Default by the size of the state. window_block: rows of the window at a time, a
+            power of two. registers: the most a thread may have.
 
     Returns:
         ``[N, H, V]`` in the dtype of v.
@@ -407,7 +465,7 @@ def decode_step(
         scale = q.shape[-1] ** -0.5 if feature_map is None else feature_map.scale
     return _step(
         slots, q, k, v, feature_map, decay, far_bias, sink_logits, softcap, scale, q_far, k_far, slot_indices, out,
-        num_warps, autocast_dtype(q),
+        autocast_dtype(q), num_warps, window_block, registers,
     )  # fmt: skip
 
 
@@ -437,7 +495,7 @@ def attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     slots = DecodeSlots.from_state(state, dtype=call.k.dtype)
     out = _step(
         slots, call.q[:, 0], call.k[:, 0], call.v[:, 0], call.feature_map, token(call.decay), call.far_bias,
-        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None, None,
+        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None,
         call.autocast,
     )  # fmt: skip
     return out[:, None], slots.to_state() if call.return_state else None
@@ -458,8 +516,10 @@ def _step(
     k_far: Tensor | None,
     slot_indices: Tensor | None,
     out: Tensor | None,
-    num_warps: int | None,
     autocast_to: torch.dtype | None,
+    num_warps: int | None = None,
+    window_block: int | None = None,
+    registers: int | None = None,
 ) -> Tensor:
     n, heads, head_dim = q.shape
     kv_heads, value_dim, features = k.shape[1], v.shape[2], slots.feature_dim
@@ -490,7 +550,14 @@ def _step(
     bdf = triton.next_power_of_2(kf.shape[-1])
     if num_warps is None:
         num_warps = min(max(bf * bv // (32 * STATE_NUMBERS), 4), 16) if features else 4
-    block = 32 * num_warps * OTHER_NUMBERS
+    threads = 32 * num_warps
+    lanes, map_lanes = (max(4 * threads // size, 1) for size in (bv, bf))
+    bf = max(bf, lanes)
+    block = threads * OTHER_BYTES // (2 if bf * bv > threads * STATE_NUMBERS else 1)
+    if window_block is None:
+        window_block = min(triton.next_power_of_2(max(window, 1)), block // (max(bd, bv) * k.element_size()))
+    weight_size = 4 if weights[0] is None else weights[0].element_size()
+    options = {"maxnreg": registers or REGISTERS} if NVIDIA else {}
     weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),
@@ -508,12 +575,12 @@ def _step(
         scale, softcap or 0.0, found.norm if found is not None else 0.0, found.constant if found is not None else 0.0,
         kv_heads,
         G=heads // kv_heads, D=head_dim, V=value_dim, DF=kf.shape[-1], F=features,
-        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=min(bdf, max(block // bf, 1)),
-        WINDOW=window, BW=min(triton.next_power_of_2(max(window, 1)), max(block // max(bd, bv), 16)),
-        SINKS=sinks, BS=triton.next_power_of_2(max(sinks, 1)),
+        BD=bd, BV=bv, BDF=bdf, BF=bf, PART=max(min(bdf, block // (bf * weight_size)), map_lanes),
+        WINDOW=window, BW=max(window_block, lanes),
+        SINKS=sinks, BS=max(triton.next_power_of_2(sinks + 1), lanes), LANES=lanes, MAP_LANES=map_lanes,
         FAR=features > 0, ACT=ACTIVATIONS["given" if found is None else found.activation],
         MIRROR=features // 2 if found is not None and found.mirrored else features, SOFTCAP=bool(softcap),
-        num_warps=num_warps,
+        num_warps=num_warps, **options,
     )  # fmt: skip
     return out
 

@@ -257,8 +257,13 @@ def test_without_a_far_branch(window: int, sinks: int) -> None:
 def test_tiles_smaller_than_the_tensors(name: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values in several parts, the ring in several blocks, the projection in several pieces."""
     monkeypatch.setattr(step, "STATE_TILE", 1)
-    monkeypatch.setattr(step, "OTHER_NUMBERS", 1)
+    monkeypatch.setattr(step, "OTHER_BYTES", 1)
     Run(name, window, length=window + 5, value_dim=20, extras=("far_inputs",)).check()
+
+
+@pytest.mark.parametrize(("num_warps", "window_block"), [(1, 16), (2, None), (8, 8), (16, 32)])
+def test_tiles_of_other_shapes(num_warps: int, window_block: int | None) -> None:
+    Run("hedgehog", 20, length=25).check(num_warps=num_warps, window_block=window_block, registers=96)
 
 
 def test_strided_inputs() -> None:
