@@ -458,7 +458,7 @@ def dkv_kernel(
 @triton.jit
 def map_kernel(
     x, x_b, x_t: tl.constexpr, x_h,
-    dphi, weight, map_heads, bias,
+    known, dphi, weight, map_heads, bias,
     dx, dlog, dweight, dbias,
     norm, T, spans, span,
     H: tl.constexpr,
@@ -474,7 +474,8 @@ def map_kernel(
 ):  # fmt: skip
     """Back through the feature map, from the gradient of features ``[B, T, H, F]`` to those of its input and weights.
 
-    One program takes ``span`` tokens of one head; it writes its share of the gradient of the weights.
+    One program takes ``span`` tokens of one head; it writes its share of the gradient of the weights. ``known``: the
+    features, if they are stored.
     """
     head = tl.program_id(0)
     pid = tl.program_id(1)
@@ -498,7 +499,10 @@ def map_kernel(
         valid = first + tl.arange(0, C) < end
         xs = load_rows(x, first, x_t, valid, D, BD)
         d = load_rows(dphi + stat * F, first, H * F, valid, F, BF).to(tl.float32)
-        phi, _ = features(xs, w0, w1, l0, l1, c0, c1, norm, 0.0, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+        if known is None:
+            phi, _ = features(xs, w0, w1, l0, l1, c0, c1, norm, 0.0, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+        else:
+            phi = load_rows(known + stat * F, first, H * F, valid, F, BF).to(tl.float32)
         if dlog is not None:
             tl.store(column(dlog + stat, first, H, C), tl.sum(phi * d, 1), mask=valid)
         dxs, dz, dz1 = features_backward(

@@ -1,8 +1,8 @@
 """Which tile sizes, warps and stages the kernels run with: JSON tables, one for each kind of chip, in ``tables``.
 
-A table names ``architectures``, the ``shared_memory`` in bytes that its configs fit into, the ``largest_map`` that fits
-there beside them, and ``entries``. An entry has a ``config`` (fields of :class:`Config`; what it leaves out is the
-default) and, under ``for``, the calls it is meant for:
+A table names ``architectures``, the ``shared_memory`` in bytes that its configs fit into, the ``largest_map`` that is
+fastest inside them, the ``largest_lone_map`` that a kernel of its own holds, and ``entries``. An entry has a ``config``
+(fields of :class:`Config`; what it leaves out is the default) and, under ``for``, the calls it is meant for:
 
     activation   "given" features, or "fused" into the kernels
     dtype        "bfloat16" or "float32": the operands of the products, float32 for float16 inputs too
@@ -107,13 +107,14 @@ class Table(NamedTuple):
     Attributes:
         path: where it came from. architectures: that it is for.
         shared_memory: bytes that its configs fit into. largest_map: numbers of a map's bfloat16 projections, padded,
-            that fit beside them.
+            that fit beside them. largest_lone_map: numbers that fit a kernel of the map alone.
     """
 
     path: Path
     architectures: list[str]
     shared_memory: int
     largest_map: int
+    largest_lone_map: int
     entries: list[Entry]
 
     def find(self, key: Key) -> dict[str, int] | None:
@@ -204,14 +205,21 @@ def fuses(device: torch.device, dtype: torch.dtype, parts: int, head_dim: int, c
     the room.
     """
     size = parts * _power(head_dim) * _power(columns)
-    return size * (1 if dtype == torch.bfloat16 else 2) <= _largest_map(device)
+    return size * (1 if dtype == torch.bfloat16 else 2) <= _largest_maps(device)[0]
 
 
-def _largest_map(device: torch.device) -> int:
-    return shipped_for(chip(device)).largest_map
+def stands_alone(device: torch.device, parts: int, head_dim: int, columns: int, trained: bool) -> bool:
+    """Whether a kernel of the map alone holds one head's projections, and if ``trained`` their gradient."""
+    size = parts * _power(head_dim) * _power(columns)
+    return size * (2 if trained else 1) <= _largest_maps(device)[1]
 
 
-_largest_map._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _largest_maps(device: torch.device) -> tuple[int, int]:
+    table = shipped_for(chip(device))
+    return table.largest_map, table.largest_lone_map
+
+
+_largest_maps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def segment_tokens(length: int, rows: int, c: Config) -> int:
@@ -322,13 +330,15 @@ def load(path: Path) -> Table:
     names = _required(path, "", found, "architectures")
     good = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     _check(path, "architectures", good, names, 'a list of names, such as ["sm_90"]')
-    shared, largest_map = found.get("shared_memory", 0), found.get("largest_map", 0)
+    shared = found.get("shared_memory", 0)
     _check(path, "shared_memory", _is_int(shared) and shared >= 0, shared, "a number of bytes")
-    _check(path, "largest_map", _is_int(largest_map) and largest_map >= 0, largest_map, "an integer ≥ 0")
+    maps = [found.get(name, 0) for name in ("largest_map", "largest_lone_map")]
+    for name, size in zip(("largest_map", "largest_lone_map"), maps, strict=True):
+        _check(path, name, _is_int(size) and size >= 0, size, "an integer ≥ 0")
     entries = _required(path, "", found, "entries")
     _check(path, "entries", isinstance(entries, list), entries, "a list")
     checked = [_entry(path, f"entries[{i}]", entry) for i, entry in enumerate(entries)]
-    return Table(path, names, shared, largest_map, checked)
+    return Table(path, names, shared, maps[0], maps[1], checked)
 
 
 def _entry(path: Path, where: str, found: Any) -> Entry:

@@ -214,3 +214,46 @@ def attend_kernel(
             store_output(
                 out + stat * V, None if residual is None else residual + stat * V, at, H * V, there, num, V, BV
             )
+
+
+@triton.jit
+def features_kernel(
+    x, x_b, x_t: tl.constexpr, x_h,
+    weight, map_heads, bias,
+    out, out_log,
+    norm, constant, T, spans, span,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    LOW: tl.constexpr,
+    OT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A feature map by itself: features ``[B, T, H, F]`` and, if there is ``out_log``, log-scales ``[B, T, H]``.
+
+    One program takes ``span`` tokens of one head.
+    """
+    head = tl.program_id(0)
+    pid = tl.program_id(1)
+    batch = (pid // spans).to(tl.int64)
+    begin = pid % spans * span
+    end = tl.minimum(begin + span, T)
+    PROJECT: tl.constexpr = weight is not None
+    BIAS: tl.constexpr = bias is not None
+    stat = batch * T * H + head
+    x += batch * x_b + head * x_h
+    w0, w1, l0, l1, c0, c1 = load_map(weight, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT, OT)
+    for i in range(0, tl.cdiv(end - begin, C)):
+        first = begin + i * C
+        valid = first + tl.arange(0, C) < end
+        phi, logs = load_features(
+            x, first, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant, None, H,
+            D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+        )  # fmt: skip
+        store_rows(out + stat * F, first, H * F, valid, phi, F, BF)
+        if out_log is not None:
+            tl.store(column(out_log + stat, first, H, C), logs, mask=valid)

@@ -82,6 +82,61 @@ def test_mild_and_strong_decays_equal_the_reference(options: dict[str, Any], for
         torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
 
 
+@pytest.fixture
+def no_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every map is computed by a kernel of its own."""
+    monkeypatch.setattr(backend, "_fuses", lambda call, found: False)
+    monkeypatch.setattr(backend, "_stands_alone", lambda call, found: True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("exp", {}),
+        ("exp", {**HYBRID, "return_state": True}),
+        ("hedgehog", {"mask": True}),
+        ("favor+", {"causal": False}),
+        ("exp", {"causal": False, "window": 5}),
+    ],
+    ids=["pure", "hybrid-state", "mask", "bidirectional", "bidirectional-window"],
+)
+def test_a_map_before_the_kernels_equals_the_reference(no_map_fits: None, kind: str, options: dict[str, Any]) -> None:
+    phi = make(kind, 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    wide = make(kind, 8, num_heads=4, num_kv_heads=2).to(DEVICE).double()
+    wide.load_state_dict(phi.state_dict())
+    decay = [gates(40)] if options.get("causal", True) else []
+    if "mask" in options:
+        options = {"mask": torch.arange(40, device=DEVICE) > torch.tensor([[-1], [7]], device=DEVICE)}
+
+    def run(impl: str, map_: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs(40), *decay)]
+        found = kernel_attention(*leaves[:3], decay=(*leaves, None)[3], feature_map=map_, impl=impl, **options)
+        results = [found.out]
+        if found.state is not None:
+            scale = found.state.log_scale.exp()
+            results += [found.state.kv * scale[..., None, None], found.state.k * scale[..., None]]
+        grads = torch.autograd.grad(sum(r.sin().sum() for r in results), [*leaves, *map_.parameters()])
+        return [*results, *grads]
+
+    for found, want in zip(run("triton", phi, torch.float32), run("reference", wide, torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), want, atol=4e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
+
+
+def test_a_map_before_the_kernels_compiles(no_map_fits: None) -> None:
+    phi = make("exp", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    tensors = inputs(21)
+
+    def run(attend: Any) -> list[Tensor]:
+        found = attend(*tensors, feature_map=phi, impl="triton", return_state=True, **HYBRID)
+        loss = found.out.square().sum() + found.state.kv.square().sum()
+        return [found.out, *torch.autograd.grad(loss, [*tensors, *phi.parameters()])]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(kernel_attention, fullgraph=True, backend="aot_eager")
+    for found, want in zip(run(compiled), run(kernel_attention), strict=True):
+        torch.testing.assert_close(found, want)
+
+
 def operator_arguments() -> tuple[Any, ...]:
     q, k, v = inputs(19)
     options = Options(5, 0, True, 8, 6, "given", False, 0.3, 0.0, 0.0, 0.0, False, 16)
