@@ -26,6 +26,7 @@ from linattn.kernels.triton.device import (
     load_memory,
     load_rows,
     locate,
+    locate_slice,
     store_rows,
     two_terms,
     weigh,
@@ -133,8 +134,11 @@ def dq_kernel(
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries' features ``[B, T, H, F]``, and of the log-scales of given ones (``dlog``)."""
-    head = tl.program_id(0)
+    """The gradient of the queries' features ``[B, T, H, F]``, and of the log-scales of given ones (``dlog``).
+
+    Of given features without ``dlog`` each program may have BF columns.
+    """
+    head, left = locate_slice(tl.program_id(0), F, BF)
     pid = tl.program_id(1)
     kv_head = head // G
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
@@ -150,7 +154,10 @@ def dq_kernel(
         key_log += key_stat
 
     v += row64 * v_b + start * v_t + kv_head * v_h
-    kf += row64 * kf_b + start * kf_t + kv_head * kf_h
+    kf += row64 * kf_b + start * kf_t + kv_head * kf_h + left
+    if state_kv is not None:
+        state_kv += left * V
+        state_k += left
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
         key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
@@ -235,7 +242,7 @@ def dq_kernel(
         if dlog is not None:
             xq = load_rows(qf + row64 * qf_b + start * qf_t + head * qf_h, at, qf_t, there, F, BF)
             tl.store(column(dlog + stat, at, H, C), tl.sum(xq.to(tl.float32) * dphi, 1), mask=there)
-        store_rows(dphi_q + stat * F, at, H * F, there, dphi, F, BF)
+        store_rows(dphi_q + stat * F + left, at, H * F, there, dphi, F, BF)
 
 
 @triton.jit

@@ -46,6 +46,8 @@ class Config(NamedTuple):
     Attributes:
         chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums.
         dkv_chunk: in dkv; 0 for as many as chunk. near_chunk: in the window's kernels; 0 for as many, at most 64.
+        forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums, dq_slice: given
+            features of one in dq; 0 for all.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -66,6 +68,9 @@ class Config(NamedTuple):
     dkv_stages: int = 1
     near_warps: int = 4
     near_stages: int = 2
+    forward_slice: int = 0
+    fold_slice: int = 0
+    dq_slice: int = 0
     programs: int = 256
     shortest: int = 256
     fixed: int = 512
@@ -361,6 +366,8 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
         if name.endswith("chunk"):
             good = value in (16, 32, 64, 128, 256) or (value == 0 and name in ("dkv_chunk", "near_chunk"))
             expected = "16, 32, 64, 128 or 256"
+        elif name.endswith("_slice"):
+            good, expected = value in (0, 16, 32, 64, 128), "0, 16, 32, 64 or 128"
         elif name.endswith("_warps"):
             good, expected = value in (1, 2, 4, 8, 16, 32), "1, 2, 4, 8, 16 or 32"
         else:

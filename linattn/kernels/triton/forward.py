@@ -21,6 +21,7 @@ from linattn.kernels.triton.device import (
     load_memory,
     load_rows,
     locate,
+    locate_slice,
     mass_of,
     normalise,
     rounded,
@@ -70,9 +71,10 @@ def attend_kernel(
     """Output and normaliser or, if there is ``out_num``, sums, mass and log-scales of the far part alone.
 
     ``lag [B, T, Hkv]``: each query's log-decay over the GAP tokens behind it. ``out_log`` is the queries' own
-    log-scale, ``out_far`` that of their sums beside it.
+    log-scale, ``out_far`` that of their sums beside it. Each program has BV of the values' columns; the first of a
+    head's writes what belongs to rows.
     """
-    head = tl.program_id(0)
+    head, left = locate_slice(tl.program_id(0), V, BV)
     pid = tl.program_id(1)
     kv_head = head // G
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
@@ -90,7 +92,9 @@ def attend_kernel(
     if query_log is not None:
         query_log += stat
 
-    v += row64 * v_b + start * v_t + kv_head * v_h
+    v += row64 * v_b + start * v_t + kv_head * v_h + left
+    if state_kv is not None:
+        state_kv += left
     qf += row64 * qf_b + start * qf_t + head * qf_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
@@ -189,12 +193,13 @@ def attend_kernel(
             log_q += tl.load(far_bias + head)
         if lag is not None:
             log_q += tl.load(column(lag + key_stat, at, kv_heads, C), mask=there, other=0.0)
+        leads = rows + GAP < tl.where(left == 0, length, 0)
         if PARTIAL:
-            tl.store(column(out_mass + stat, at, H, C), mass, mask=there)
-            tl.store(column(out_log + stat, at, H, C), log_q, mask=there)
+            tl.store(column(out_mass + stat, at, H, C), mass, mask=leads)
+            tl.store(column(out_log + stat, at, H, C), log_q, mask=leads)
             if KLOG or DECAY:
-                tl.store(column(out_far + stat, at, H, C), far, mask=there)
-            store_rows(out_num + stat * V, at, H * V, there, num, V, BV)
+                tl.store(column(out_far + stat, at, H, C), far, mask=leads)
+            store_rows(out_num + stat * V + left, at, H * V, there, num, V, BV)
         else:
             if KLOG:
                 nothing = tl.zeros([C], tl.float32)
@@ -202,18 +207,17 @@ def attend_kernel(
                     tl.zeros([C, BV], tl.float32), nothing, nothing + EMPTY, num, mass, log_q + far, 0.0, True, False
                 )
                 relative = tl.where(rden == 0, EMPTY, log_q - top)
-                tl.store(column(out_top + stat, at, H, C), top, mask=there)
-                tl.store(column(out_relative + stat, at, H, C), relative, mask=there)
+                tl.store(column(out_top + stat, at, H, C), top, mask=leads)
+                tl.store(column(out_relative + stat, at, H, C), relative, mask=leads)
             else:
                 weighs = tl.abs(mass) > LEAST_MASS
                 rden = tl.where(weighs, 1.0 / tl.where(weighs, mass, 1.0), 0.0)
                 num = num * rden[:, None]
                 if DECAY:
                     rden = rden * exp(-far)
-            tl.store(column(out_rden + stat, at, H, C), rden, mask=there)
-            store_output(
-                out + stat * V, None if residual is None else residual + stat * V, at, H * V, there, num, V, BV
-            )
+            tl.store(column(out_rden + stat, at, H, C), rden, mask=leads)
+            place = stat * V + left
+            store_output(out + place, None if residual is None else residual + place, at, H * V, there, num, V, BV)
 
 
 @triton.jit

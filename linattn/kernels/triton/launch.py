@@ -132,6 +132,14 @@ def block(width: int) -> int:
     return max(NARROWEST, 1 << (width - 1).bit_length())
 
 
+def tile(width: int, columns: int) -> tuple[int, int]:
+    """Columns of each program's tile, at most so many unless 0, and how many programs share ``width`` of them."""
+    if not 0 < columns < width:
+        return block(width), 1
+    columns = max(columns, NARROWEST)
+    return (columns, -(-width // columns)) if columns < width else (block(width), 1)
+
+
 def sink_rows(sinks: int) -> int:
     """Rows of the tile that holds the sinks."""
     return max(16, 1 << (sinks - 1).bit_length()) if sinks else 16
@@ -325,8 +333,9 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
     source = x.k_far if x.k_far is not None else x.k
     assert source is not None
     parts = _empty_parts(x, o, s, log=o.key_log)
+    columns, slices = tile(s.value_dim, c.fold_slice)
     launch(
-        fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
+        fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
         source, *strides(source), x.v, *strides(x.v),
         x.key_weight, _heads_of(x.key_weight, x.key_bias), x.key_bias,
         x.key_log, None, None,
@@ -335,7 +344,7 @@ def _fold(x: Inputs, o: Options, s: _Shape, c: Config, *, skip: bool = False) ->
         *parts,
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
-        BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=0, SKIPPED=skip,
+        BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=0, SKIPPED=skip,
         PLACE=1 if skip and s.segments == 2 and x.state_kv is None else 0,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
         REVERSE=False, PACKED=s.packed,
@@ -582,8 +591,10 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             mass, log = torch.empty_like(rden), torch.empty_like(rden)
             far = torch.empty_like(rden) if o.key_log or x.decay is not None else None
         q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
+        columns, slices = tile(s.value_dim, c.forward_slice)
+        dims = _far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32) | {"BV": columns}
         launch(
-            forward.attend_kernel, (s.heads, s.total),
+            forward.attend_kernel, (s.heads * slices, s.total),
             v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
             x.query_weight, x.key_weight, _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias),
             x.query_bias, x.key_bias,
@@ -594,8 +605,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
             num, mass, log, far,
             out, residual if rounds else None, top, rden, relative,
             o.norm, o.constant, s.length, s.segments, o.segment,
-            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s),
-            **_far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32),
+            C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), **dims,
             num_warps=c.forward_warps, num_stages=c.forward_stages,
         )  # fmt: skip
     if near:
@@ -664,8 +674,10 @@ def attend_backward(
         if near and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias")):
             dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True)
         dphi = make(s.batch, s.length, s.heads, o.features, dtype=dtype if given else wide, partly=True)
+        columns, slices = tile(o.features, c.dq_slice if o.activation == "given" and dlog_q is None else 0)
+        dims = far_dims | {"BF": columns, "BDF": columns if slices > 1 else far_dims["BDF"]}
         launch(
-            backward.dq_kernel, (s.heads, s.total),
+            backward.dq_kernel, (s.heads * slices, s.total),
             v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
             x.key_weight, key_heads, x.key_bias,
             x.key_log,
@@ -676,7 +688,7 @@ def attend_backward(
             dphi, dlog_q if o.activation == "given" else None,
             o.norm, o.constant, s.length, s.segments, o.segment,
             C=c.chunk, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top,
-            PRECISE=dlog_q is not None, **far_dims,
+            PRECISE=dlog_q is not None, **dims,
             num_warps=c.dq_warps, num_stages=c.dq_stages,
         )  # fmt: skip
         if not given:
@@ -719,8 +731,9 @@ def attend_backward(
     if o.far and ((keys and (s.segments > 1 or s.packed)) or want_state):
         skip = keys and not s.packed and not want_state
         sums = _empty_parts(x, o, s, log=s.top)
+        columns, slices = tile(s.value_dim, c.fold_slice)
         launch(
-            fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
+            fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
             q_far, *strides(q_far), scaled, *strides(scaled),
             x.query_weight, query_heads, x.query_bias,
             None, relative, delta,
@@ -729,7 +742,7 @@ def attend_backward(
             *sums,
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
-            BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=gap, SKIPPED=skip,
+            BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=gap, SKIPPED=skip,
             PLACE=-1 if skip and s.segments == 2 else 0,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=s.top,
             REVERSE=True, PACKED=s.packed,
