@@ -298,9 +298,11 @@ def dkv_kernel(
     """The far part's gradients of the keys' features ``[B, T, Hkv, F]`` and log-scales, and of the values.
 
     Tiles are ``[keys, queries]``. Without QUERIES the state is all that reads the keys: it holds the gradient of a
-    final memory.
+    final memory. Each program has BV columns of the values and BF of the features, and those of the other ones whole;
+    what is None is not computed.
     """
-    kv_head = tl.program_id(0)
+    kv_head, v_left = locate_slice(tl.program_id(0), V, BV)
+    kv_head, f_left = locate_slice(kv_head, F, BF)
     pid = tl.program_id(1)
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
     row64 = row.to(tl.int64)
@@ -314,13 +316,16 @@ def dkv_kernel(
     if key_log is not None:
         key_log += key_stat
 
-    v += row64 * v_b + start * v_t + kv_head * v_h
-    kf += row64 * kf_b + start * kf_t + kv_head * kf_h
+    v += row64 * v_b + start * v_t + kv_head * v_h + v_left
+    kf += row64 * kf_b + start * kf_t + kv_head * kf_h + f_left
+    if state_kv is not None:
+        state_kv += f_left * V + v_left
+        state_k += f_left
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
         key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if QUERIES:
-        qf += row64 * qf_b + start * qf_t
+        qf += row64 * qf_b + start * qf_t + f_left
         if G == 1:
             qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
                 query_weight,
@@ -391,7 +396,7 @@ def dkv_kernel(
             for group in range(G):
                 head = kv_head * G + group
                 stat = origin * H + head
-                xdo = load_rows(do + stat * V, at, H * V, there, V, BV).to(OT)
+                xdo = load_rows(do + stat * V + v_left, at, H * V, there, V, BV).to(OT)
                 row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
                 if G > 1:
                     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
@@ -456,10 +461,12 @@ def dkv_kernel(
                 R = R * exp(gate)
                 z = z * exp(gate)
 
-        store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
+        if dv is not None:
+            store_rows(dv + key_stat * V + v_left, first, kv_heads * V, valid, dxv, V, BV)
         if dlog is not None:
             tl.store(column(dlog + key_stat, first, kv_heads, C), tl.sum(phi_k * dphi, 1), mask=valid)
-        store_rows(dphi_k + key_stat * F, first, kv_heads * F, valid, dphi, F, BF)
+        if dphi_k is not None:
+            store_rows(dphi_k + key_stat * F + f_left, first, kv_heads * F, valid, dphi, F, BF)
 
 
 @triton.jit

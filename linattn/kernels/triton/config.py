@@ -46,8 +46,9 @@ class Config(NamedTuple):
     Attributes:
         chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums.
         dkv_chunk: in dkv; 0 for as many as chunk. near_chunk: in the window's kernels; 0 for as many, at most 64.
-        forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums, dq_slice: given
-            features of one in dq; 0 for all.
+        forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums; dq_slice: given
+            features of one in dq; dkv_slice: features or value columns of one in dkv, which then runs for either; 0
+            for all.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -71,6 +72,7 @@ class Config(NamedTuple):
     forward_slice: int = 0
     fold_slice: int = 0
     dq_slice: int = 0
+    dkv_slice: int = 0
     programs: int = 256
     shortest: int = 256
     fixed: int = 512

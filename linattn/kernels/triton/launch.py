@@ -767,21 +767,28 @@ def attend_backward(
             if needs["key_log"] or needs["decay"]:
                 dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32)
             dphi = make(s.batch, s.length, s.kv_heads, o.features, dtype=dtype if given else wide)
-            launch(
-                backward.dkv_kernel, (s.kv_heads, s.total),
-                v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
-                x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
-                x.key_log,
-                x.decay, *strides(x.decay),
-                *((None, None, None) if memory is None else memory),
-                *_tables(x),
-                scaled, relative, delta,
-                dphi, dv, dlog_k,
-                o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top,
-                PRECISE=dlog_k is not None, **far_dims,
-                num_warps=c.dkv_warps, num_stages=c.dkv_stages,
-            )  # fmt: skip
+            columns, slices = tile(o.features, c.dkv_slice if o.activation == "given" and dlog_k is None else 0)
+            runs: list[tuple[int, Tensor | None, Tensor | None, dict[str, Any]]] = [(1, dphi, dv, far_dims)]
+            if slices > 1:
+                runs = [(slices, dphi, None, far_dims | {"BF": columns, "BDF": columns})]
+                columns, slices = tile(s.value_dim, c.dkv_slice)
+                runs += [(slices, None, dv, far_dims | {"BV": columns})]
+            for count, to_phi, to_v, dims in runs:
+                launch(
+                    backward.dkv_kernel, (s.kv_heads * count, s.total),
+                    v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
+                    x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
+                    x.key_log,
+                    x.decay, *strides(x.decay),
+                    *((None, None, None) if memory is None else memory),
+                    *_tables(x),
+                    scaled, relative, delta,
+                    to_phi, to_v, dlog_k,
+                    o.norm, o.constant, s.length, s.segments, o.segment,
+                    C=c.dkv_chunk or c.chunk, QUERIES=True, LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top,
+                    PRECISE=dlog_k is not None, **dims,
+                    num_warps=c.dkv_warps, num_stages=c.dkv_stages,
+                )  # fmt: skip
             if not given:
                 dphi, grads["key_weight"], grads["key_bias"] = _keys_through_map(raw, map_, k_far, dphi, needs)
             dk, dk_far = (dphi, None) if shared else (None, dphi)

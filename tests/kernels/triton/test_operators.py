@@ -11,11 +11,12 @@ from torch import Tensor
 from linattn.errors import UnsupportedError
 from linattn.feature_maps import make
 from linattn.kernels import AttentionOutput, kernel_attention, linear_attention
+from linattn.kernels.protocols import GivenFeatures
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linattn.kernels.triton import backend, ops
-from linattn.kernels.triton.config import Config
-from linattn.kernels.triton.launch import Inputs, Options
+from linattn.kernels.triton.config import Config, using
+from linattn.kernels.triton.launch import Inputs, Options, tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HYBRID = {"window": 5, "sinks": 2}
@@ -204,6 +205,44 @@ def test_a_miscompiling_release_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     assert backend.miscompiled("3.6.0", (9, 0)) is None
     assert backend.miscompiled("3.5.1", (8, 0)) is None
     backend.miscompiled.cache_clear()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, HYBRID, {"decay": True, "return_state": True}], ids=["pure", "hybrid", "decay-state"]
+)
+def test_programs_with_slices_equal_the_reference(options: dict[str, Any], groups: int) -> None:
+    """Each kernel's programs have 64 of 100 columns: the last slice begins inside the one before."""
+    assert tile(100, 64) == (64, 2)
+    chunk = 64 if DEVICE == "cuda" else 16
+    slices = {"forward_slice": 64, "fold_slice": 64, "dq_slice": 64, "dkv_slice": 64}
+    config = Config(chunk=chunk, fold_chunk=chunk, near_chunk=chunk, shortest=chunk, **slices)
+    length = 3 * chunk - 8
+    rng = torch.Generator().manual_seed(3)
+    heads = (2, 2 // groups, 2 // groups, 2, 2 // groups)
+    tensors = [
+        torch.randn(1, length, h, n, generator=rng).to(DEVICE)
+        for h, n in zip(heads, (8, 8, 100, 100, 100), strict=True)
+    ]
+    far = options.get("decay", False)
+    options = {name: value for name, value in options.items() if name != "decay"}
+    decay = [-0.2 * torch.rand(1, length, 2 // groups, generator=rng).to(DEVICE)] if far else []
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, q_far, k_far, *gate = leaves = [x.to(dtype).requires_grad_() for x in (*tensors, *decay)]
+        phi = GivenFeatures(100, log_scaled=False)
+        found = kernel_attention(
+            q, k, v, q_far=q_far.abs(), k_far=k_far.abs(), feature_map=phi, decay=(*gate, None)[0], impl=impl, **options
+        )
+        results = [found.out, *([found.state.kv] if found.state is not None else [])]
+        loss = sum(r.sin().sum() for r in results)
+        return [*results, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+    exact = run("reference", torch.float64)
+    with using(config):
+        results = run("triton", torch.float32)
+    for found, want in zip(results, exact, strict=True):
+        torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
 
 
 def test_wide_values_go_in_slices() -> None:
