@@ -408,7 +408,7 @@ def _start(x: Inputs) -> Memory | None:
 def featured(x: Inputs, o: Options, *, queries: bool = True) -> tuple[Inputs, Options]:
     """A call whose map is not fused, with its features given instead; of the keys alone without ``queries``.
 
-    Every pass computes them anew: that takes less than a tenth of it, and keeping them as much memory as q and k.
+    Every pass computes them anew: kept for the backward pass, they would take the memory of q and k once more.
     """
     if o.fused or o.activation == "given":
         return x, o
