@@ -20,7 +20,7 @@ from linattn.kernels import layout as layouts
 from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
 from linattn.kernels.triton import ops, step
-from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens
+from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens, stands_alone
 from linattn.kernels.triton.launch import NARROWEST, Inputs, Memory, Options, block, changed, rows
 from linattn.kernels.triton.runtime import INTERPRETED
 from linattn.kernels.validate import Call
@@ -232,6 +232,7 @@ class _Mapped(NamedTuple):
     key_log_scaled: bool
     norm: float = 0.0
     constant: float = 0.0
+    fused: bool = True
 
 
 def _map(
@@ -243,7 +244,7 @@ def _map(
     r: Rows,
     query_positions: Tensor | None = None,
 ) -> _Mapped:
-    """Inside the kernels if the map is a projection and an activation, else as given features."""
+    """By the kernels if the map is a projection and an activation, else as given features."""
     if call.feature_map is None:
         return _Mapped({}, "given", 0, False)
     far: dict[str, Tensor | None] = {"q_far": q_far, "k_far": k_far}
@@ -252,7 +253,8 @@ def _map(
     if found is not None:
         if found.mirrored:
             found = _both_sides(found, call.feature_dim)
-        if not _fuses(call, found):
+        fused = _fuses(call, found)
+        if not (fused or _stands_alone(call, found)):
             found = None
     if found is not None:
         return _Mapped(
@@ -262,6 +264,7 @@ def _map(
             found.activation in ("exp", "product"),
             found.norm,
             found.constant,
+            fused,
         )
     positions = at = None
     if call.feature_map.positional:
@@ -293,6 +296,17 @@ def _fuses(call: Call, found: Projected) -> bool:
         return False  # tf32 rounds its exponents by more than float16 rounds its values
     small = dtype == torch.bfloat16 or block(dim) * block(columns) <= 64 * 64
     return small and fuses(call.q.device, dtype, parts, block(dim), block(columns))
+
+
+def _stands_alone(call: Call, found: Projected) -> bool:
+    """Whether a kernel of its own computes a map that does not fuse, no less precisely than torch would."""
+    if found.query_weight is None or found.key_weight is None:
+        return False
+    parts, _, dim, columns = found.query_weight.shape
+    dtype = call.q.dtype
+    small = dtype == torch.bfloat16 or (dtype == torch.float16 and block(dim) * block(columns) <= 64 * 64)
+    trained = found.query_weight.requires_grad or found.key_weight.requires_grad
+    return small and stands_alone(call.q.device, parts, block(dim), block(columns), trained)
 
 
 def _weights(found: Projected, like: Tensor) -> dict[str, Tensor | None]:
@@ -384,12 +398,14 @@ def _options(call: Call, mapped: _Mapped, segment: int, *, strict: bool = False)
         constant=mapped.constant,
         strict=strict,
         segment=segment,
+        fused=mapped.fused,
     )
 
 
 def _config(call: Call, mapped: _Mapped) -> Config:
     dims = (mapped.features, min(call.v.shape[-1], _value_slice(mapped.features)), call.k.shape[-1])
-    return choose(call.q.device, call.q.dtype, mapped.activation, *dims, call.window)
+    activation = mapped.activation if mapped.fused else "given"
+    return choose(call.q.device, call.q.dtype, activation, *dims, call.window)
 
 
 def _value_slice(features: int) -> int:

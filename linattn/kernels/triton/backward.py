@@ -26,6 +26,7 @@ from linattn.kernels.triton.device import (
     load_memory,
     load_rows,
     locate,
+    locate_slice,
     store_rows,
     weigh,
 )
@@ -115,8 +116,11 @@ def dq_kernel(
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries' features ``[B, T, H, F]``, and of the log-scales of given ones (``dlog``)."""
-    head = tl.program_id(0)
+    """The gradient of the queries' features ``[B, T, H, F]``, and of the log-scales of given ones (``dlog``).
+
+    Of given features without ``dlog`` each program may have BF columns.
+    """
+    head, left = locate_slice(tl.program_id(0), F, BF)
     pid = tl.program_id(1)
     kv_head = head // G
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
@@ -132,7 +136,10 @@ def dq_kernel(
         key_log += key_stat
 
     v += row64 * v_b + start * v_t + kv_head * v_h
-    kf += row64 * kf_b + start * kf_t + kv_head * kf_h
+    kf += row64 * kf_b + start * kf_t + kv_head * kf_h + left
+    if state_kv is not None:
+        state_kv += left * V
+        state_k += left
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
         key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
@@ -226,7 +233,7 @@ def dq_kernel(
         if dlog is not None:
             xq = load_rows(qf + row64 * qf_b + start * qf_t + head * qf_h, at, qf_t, there, F, BF)
             tl.store(column(dlog + stat, at, H, C), tl.sum(xq.to(tl.float32) * dphi, 1), mask=there)
-        store_rows(dphi_q + stat * F, at, H * F, there, dphi, F, BF)
+        store_rows(dphi_q + stat * F + left, at, H * F, there, dphi, F, BF)
 
 
 @triton.jit
@@ -279,9 +286,11 @@ def dkv_kernel(
 
     Tiles are ``[keys, queries]``. Without QUERIES the state is all that reads the keys: it holds the gradient of a
     final memory. FACTORED weights of pairs are one factor of the key and one of the query, relative to the chunk's
-    start.
+    start. Each program has BV columns of the values and BF of the features, and those of the other ones whole; what is
+    None is not computed.
     """
-    kv_head = tl.program_id(0)
+    kv_head, v_left = locate_slice(tl.program_id(0), V, BV)
+    kv_head, f_left = locate_slice(kv_head, F, BF)
     pid = tl.program_id(1)
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
     row64 = row.to(tl.int64)
@@ -296,13 +305,16 @@ def dkv_kernel(
     if key_log is not None:
         key_log += key_stat
 
-    v += row64 * v_b + start * v_t + kv_head * v_h
-    kf += row64 * kf_b + start * kf_t + kv_head * kf_h
+    v += row64 * v_b + start * v_t + kv_head * v_h + v_left
+    kf += row64 * kf_b + start * kf_t + kv_head * kf_h + f_left
+    if state_kv is not None:
+        state_kv += f_left * V + v_left
+        state_k += f_left
     kw0, kw1, kl0, kl1, kc0, kc1 = load_map(
         key_weight, key_bias, tl.where(key_map_heads == 1, 0, kv_head), key_map_heads, DF, F, BDF, BF, ACT, OT
     )
     if QUERIES:
-        qf += row64 * qf_b + start * qf_t
+        qf += row64 * qf_b + start * qf_t + f_left
         if G == 1:
             qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
                 query_weight,
@@ -391,7 +403,7 @@ def dkv_kernel(
             for group in range(G):
                 head = kv_head * G + group
                 stat = origin * H + head
-                xdo = load_rows(do + stat * V, at, H * V, there, V, BV).to(OT)
+                xdo = load_rows(do + stat * V + v_left, at, H * V, there, V, BV).to(OT)
                 row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
                 log_row = tl.zeros([C], tl.float32)
                 weighs = there
@@ -429,7 +441,8 @@ def dkv_kernel(
                     dxv = from_memory(phi_k, tl.trans(R), None, factor, OT, PRECISION)
                 dxv = tl.dot(kernel.to(OT), xdo, dxv, input_precision=PRECISION)
                 if SINGLE:
-                    store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
+                    if dv is not None:
+                        store_rows(dv + key_stat * V + v_left, first, kv_heads * V, valid, dxv, V, BV)
                     dphi = from_memory(xv, R, z, factor, OT, PRECISION)
                 dphi = tl.dot(e.to(OT), phi_q, dphi, input_precision=PRECISION)
                 if not FACTORED:
@@ -449,17 +462,18 @@ def dkv_kernel(
 
         if dlog is not None:
             tl.store(column(dlog + key_stat, first, kv_heads, C), tl.sum(phi_k * dphi, 1), mask=valid)
-        if key_factor is not None:
-            dphi = dphi * key_factor[:, None]
-        if not SINGLE:
-            store_rows(dv + key_stat * V, first, kv_heads * V, valid, dxv, V, BV)
-        store_rows(dphi_k + key_stat * F, first, kv_heads * F, valid, dphi, F, BF)
+        if dv is not None and not SINGLE:
+            store_rows(dv + key_stat * V + v_left, first, kv_heads * V, valid, dxv, V, BV)
+        if dphi_k is not None:
+            if key_factor is not None:
+                dphi = dphi * key_factor[:, None]
+            store_rows(dphi_k + key_stat * F + f_left, first, kv_heads * F, valid, dphi, F, BF)
 
 
 @triton.jit
 def map_kernel(
     x, x_b, x_t: tl.constexpr, x_h,
-    dphi, weight, map_heads, bias,
+    known, dphi, weight, map_heads, bias,
     dx, dlog, dweight, dbias,
     norm, T, spans, span,
     H: tl.constexpr,
@@ -475,7 +489,8 @@ def map_kernel(
 ):  # fmt: skip
     """Back through the feature map, from the gradient of features ``[B, T, H, F]`` to those of its input and weights.
 
-    One program takes ``span`` tokens of one head; it writes its share of the gradient of the weights.
+    One program takes ``span`` tokens of one head; it writes its share of the gradient of the weights. ``known``: the
+    features, if they are stored.
     """
     head = tl.program_id(0)
     pid = tl.program_id(1)
@@ -499,7 +514,10 @@ def map_kernel(
         valid = first + tl.arange(0, C) < end
         xs = load_rows(x, first, x_t, valid, D, BD)
         d = load_rows(dphi + stat * F, first, H * F, valid, F, BF).to(tl.float32)
-        phi, _ = features(xs, w0, w1, l0, l1, c0, c1, norm, 0.0, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+        if known is None:
+            phi, _ = features(xs, w0, w1, l0, l1, c0, c1, norm, 0.0, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION)
+        else:
+            phi = load_rows(known + stat * F, first, H * F, valid, F, BF).to(tl.float32)
         if dlog is not None:
             tl.store(column(dlog + stat, first, H, C), tl.sum(phi * d, 1), mask=valid)
         dxs, dz, dz1 = features_backward(

@@ -1,8 +1,8 @@
 """Which tile sizes, warps and stages the kernels run with: JSON tables, one for each kind of chip, in ``tables``.
 
-A table names ``architectures``, the ``shared_memory`` in bytes that its configs fit into, the ``largest_map`` that fits
-there beside them, and ``entries``. An entry has a ``config`` (fields of :class:`Config`; what it leaves out is the
-default) and, under ``for``, the calls it is meant for:
+A table names ``architectures``, the ``shared_memory`` in bytes that its configs fit into, the ``largest_map`` that is
+fastest inside them, the ``largest_lone_map`` that a kernel of its own holds, and ``entries``. An entry has a ``config``
+(fields of :class:`Config`; what it leaves out is the default) and, under ``for``, the calls it is meant for:
 
     activation   "given" features, or "fused" into the kernels
     dtype        "bfloat16" or "float32": the operands of the products, float32 for float16 inputs too
@@ -46,6 +46,9 @@ class Config(NamedTuple):
     Attributes:
         chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums.
         dkv_chunk: in dkv; 0 for as many as chunk. near_chunk: in the window's kernels; 0 for as many, at most 64.
+        forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums; dq_slice: given
+            features of one in dq; dkv_slice: features or value columns of one in dkv, which then runs for either; 0
+            for all.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -66,6 +69,10 @@ class Config(NamedTuple):
     dkv_stages: int = 1
     near_warps: int = 4
     near_stages: int = 2
+    forward_slice: int = 0
+    fold_slice: int = 0
+    dq_slice: int = 0
+    dkv_slice: int = 0
     programs: int = 256
     shortest: int = 256
     fixed: int = 512
@@ -107,13 +114,14 @@ class Table(NamedTuple):
     Attributes:
         path: where it came from. architectures: that it is for.
         shared_memory: bytes that its configs fit into. largest_map: numbers of a map's bfloat16 projections, padded,
-            that fit beside them.
+            that fit beside them. largest_lone_map: numbers that fit a kernel of the map alone.
     """
 
     path: Path
     architectures: list[str]
     shared_memory: int
     largest_map: int
+    largest_lone_map: int
     entries: list[Entry]
 
     def find(self, key: Key) -> dict[str, int] | None:
@@ -204,14 +212,21 @@ def fuses(device: torch.device, dtype: torch.dtype, parts: int, head_dim: int, c
     the room.
     """
     size = parts * _power(head_dim) * _power(columns)
-    return size * (1 if dtype == torch.bfloat16 else 2) <= _largest_map(device)
+    return size * (1 if dtype == torch.bfloat16 else 2) <= _largest_maps(device)[0]
 
 
-def _largest_map(device: torch.device) -> int:
-    return shipped_for(chip(device)).largest_map
+def stands_alone(device: torch.device, parts: int, head_dim: int, columns: int, trained: bool) -> bool:
+    """Whether a kernel of the map alone holds one head's projections, and if ``trained`` their gradient."""
+    size = parts * _power(head_dim) * _power(columns)
+    return size * (2 if trained else 1) <= _largest_maps(device)[1]
 
 
-_largest_map._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _largest_maps(device: torch.device) -> tuple[int, int]:
+    table = shipped_for(chip(device))
+    return table.largest_map, table.largest_lone_map
+
+
+_largest_maps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def segment_tokens(length: int, rows: int, c: Config) -> int:
@@ -323,13 +338,15 @@ def load(path: Path) -> Table:
     names = _required(path, "", found, "architectures")
     good = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     _check(path, "architectures", good, names, 'a list of names, such as ["sm_90"]')
-    shared, largest_map = found.get("shared_memory", 0), found.get("largest_map", 0)
+    shared = found.get("shared_memory", 0)
     _check(path, "shared_memory", _is_int(shared) and shared >= 0, shared, "a number of bytes")
-    _check(path, "largest_map", _is_int(largest_map) and largest_map >= 0, largest_map, "an integer ≥ 0")
+    maps = [found.get(name, 0) for name in ("largest_map", "largest_lone_map")]
+    for name, size in zip(("largest_map", "largest_lone_map"), maps, strict=True):
+        _check(path, name, _is_int(size) and size >= 0, size, "an integer ≥ 0")
     entries = _required(path, "", found, "entries")
     _check(path, "entries", isinstance(entries, list), entries, "a list")
     checked = [_entry(path, f"entries[{i}]", entry) for i, entry in enumerate(entries)]
-    return Table(path, names, shared, largest_map, checked)
+    return Table(path, names, shared, maps[0], maps[1], checked)
 
 
 def _entry(path: Path, where: str, found: Any) -> Entry:
@@ -352,6 +369,8 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
         if name.endswith("chunk"):
             good = value in (16, 32, 64, 128, 256) or (value == 0 and name in ("dkv_chunk", "near_chunk"))
             expected = "16, 32, 64, 128 or 256"
+        elif name.endswith("_slice"):
+            good, expected = value in (0, 16, 32, 64, 128), "0, 16, 32, 64 or 128"
         elif name.endswith("_warps"):
             good, expected = value in (1, 2, 4, 8, 16, 32), "1, 2, 4, 8, 16 or 32"
         else:

@@ -101,6 +101,19 @@ def locate_chunk(
 
 
 @triton.jit
+def locate_slice(pid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The head of program ``pid``, and the first of its BLOCK columns: programs side by side share a head's WIDTH.
+
+    The last of them starts early enough for a full tile: columns that two programs hold are the same in both.
+    """
+    SLICES: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    left = pid % SLICES * BLOCK
+    if SLICES > 1 and WIDTH % BLOCK != 0:
+        left = tl.minimum(left, WIDTH - BLOCK)
+    return pid // SLICES, left
+
+
+@triton.jit
 def load_rows(base, first, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at the C rows from ``first``, zeros where not ``valid [C]``.
 
@@ -109,7 +122,7 @@ def load_rows(base, first, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constex
     columns = tl.arange(0, BLOCK)
     offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]
     pointers = base + first.to(tl.int64) * stride + offsets
-    if BLOCK == WIDTH:
+    if BLOCK <= WIDTH:
         return tl.load(pointers, mask=valid[:, None], other=0.0)
     return tl.load(pointers, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
@@ -119,7 +132,7 @@ def store_rows(base, first, stride, valid, x, WIDTH: tl.constexpr, BLOCK: tl.con
     columns = tl.arange(0, BLOCK)
     offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]
     pointers = base + first.to(tl.int64) * stride + offsets
-    mask = valid[:, None] & (columns < WIDTH)[None, :] if BLOCK != WIDTH else valid[:, None]
+    mask = valid[:, None] & (columns < WIDTH)[None, :] if BLOCK > WIDTH else valid[:, None]
     tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
 
 

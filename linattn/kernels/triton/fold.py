@@ -20,6 +20,7 @@ from linattn.kernels.triton.device import (
     load_map,
     load_rows,
     locate,
+    locate_slice,
     weigh,
 )
 
@@ -59,9 +60,9 @@ def fold_kernel(
 
     H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient over the normaliser, and the queries of
     a segment are those GAP rows later. SKIPPED leaves out the last (in REVERSE the first) segment of each sequence;
-    sums go PLACE segments on.
+    sums go PLACE segments on. Each program has BV of the columns of ``y``.
     """
-    head = tl.program_id(0)
+    head, left = locate_slice(tl.program_id(0), V, BV)
     pid = tl.program_id(1)
     if SKIPPED:
         pid += pid // (segments - 1) + (1 if REVERSE else 0)
@@ -70,7 +71,7 @@ def fold_kernel(
     row64 = row.to(tl.int64)
     origin = row64 * T + start  # the sequence's first token
     x += row64 * x_b + start * x_t
-    y += row64 * y_b + start * y_t
+    y += row64 * y_b + start * y_t + left
     DECAY: tl.constexpr = gate_sums is not None
     if DECAY:
         gate_sums += origin * kv_heads + head
@@ -132,14 +133,15 @@ def fold_kernel(
     f = tl.arange(0, BF)
     v = tl.arange(0, BV)
     place = (pid + PLACE).to(tl.int64) * kv_heads + head
-    pointers = out_kv + (place * F + f[None, :]) * V + v[:, None]
+    pointers = out_kv + (place * F + f[None, :]) * V + left + v[:, None]
     tl.store(pointers, S, mask=(f < F)[None, :] & (v < V)[:, None])
-    tl.store(out_k + place * F + f, tl.sum(z, 0), mask=f < F)
-    if LOG:
-        tl.store(out_m + place, m)
-    if DECAY:
-        total = tl.load(gate_sums + (end - 1).to(tl.int64) * kv_heads, mask=end > begin, other=0.0)
-        tl.store(out_g + place, total.to(tl.float32))
+    if left == 0:
+        tl.store(out_k + place * F + f, tl.sum(z, 0), mask=f < F)
+        if LOG:
+            tl.store(out_m + place, m)
+        if DECAY:
+            total = tl.load(gate_sums + (end - 1).to(tl.int64) * kv_heads, mask=end > begin, other=0.0)
+            tl.store(out_g + place, total.to(tl.float32))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from linattn.kernels.triton.device import (
     load_memory,
     load_rows,
     locate,
+    locate_slice,
     mass_of,
     normalise,
     rounded,
@@ -71,9 +72,10 @@ def attend_kernel(
 
     ``gate_sums``, ``steep``: see ``fold.gate_kernel``; EXACT takes the steep segments and no others.
     ``lag [B, T, Hkv]``: each query's log-decay over the GAP tokens behind it. ``out_log`` is the queries' own
-    log-scale, ``out_far`` that of their sums beside it.
+    log-scale, ``out_far`` that of their sums beside it. Each program has BV of the values' columns; the first of a
+    head's writes what belongs to rows.
     """
-    head = tl.program_id(0)
+    head, left = locate_slice(tl.program_id(0), V, BV)
     pid = tl.program_id(1)
     kv_head = head // G
     n, s, row, start, length, base = locate(pid, segments, T, starts, lengths, bases, seg_sequence, seg_first, PACKED)
@@ -91,7 +93,9 @@ def attend_kernel(
     if query_log is not None:
         query_log += stat
 
-    v += row64 * v_b + start * v_t + kv_head * v_h
+    v += row64 * v_b + start * v_t + kv_head * v_h + left
+    if state_kv is not None:
+        state_kv += left
     qf += row64 * qf_b + start * qf_t + head * qf_h
     kf += row64 * kf_b + start * kf_t + kv_head * kf_h
     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
@@ -194,12 +198,13 @@ def attend_kernel(
             log_q += tl.load(far_bias + head)
         if lag is not None:
             log_q += tl.load(column(lag + key_stat, at, kv_heads, C), mask=there, other=0.0)
+        leads = rows + GAP < tl.where(left == 0, length, 0)
         if PARTIAL:
-            tl.store(column(out_mass + stat, at, H, C), mass, mask=there)
-            tl.store(column(out_log + stat, at, H, C), log_q, mask=there)
+            tl.store(column(out_mass + stat, at, H, C), mass, mask=leads)
+            tl.store(column(out_log + stat, at, H, C), log_q, mask=leads)
             if KLOG or DECAY:
-                tl.store(column(out_far + stat, at, H, C), far, mask=there)
-            store_rows(out_num + stat * V, at, H * V, there, num, V, BV)
+                tl.store(column(out_far + stat, at, H, C), far, mask=leads)
+            store_rows(out_num + stat * V + left, at, H * V, there, num, V, BV)
         else:
             if KLOG:
                 nothing = tl.zeros([C], tl.float32)
@@ -207,15 +212,57 @@ def attend_kernel(
                     tl.zeros([C, BV], tl.float32), nothing, nothing + EMPTY, num, mass, log_q + far, 0.0, True, False
                 )
                 relative = tl.where(rden == 0, EMPTY, log_q - top)
-                tl.store(column(out_top + stat, at, H, C), top, mask=there)
-                tl.store(column(out_relative + stat, at, H, C), relative, mask=there)
+                tl.store(column(out_top + stat, at, H, C), top, mask=leads)
+                tl.store(column(out_relative + stat, at, H, C), relative, mask=leads)
             else:
                 weighs = tl.abs(mass) > LEAST_MASS
                 rden = tl.where(weighs, 1.0 / tl.where(weighs, mass, 1.0), 0.0)
                 num = num * rden[:, None]
                 if DECAY:
                     rden = rden * exp(-far)
-            tl.store(column(out_rden + stat, at, H, C), rden, mask=there)
-            store_output(
-                out + stat * V, None if residual is None else residual + stat * V, at, H * V, there, num, V, BV
-            )
+            tl.store(column(out_rden + stat, at, H, C), rden, mask=leads)
+            place = stat * V + left
+            store_output(out + place, None if residual is None else residual + place, at, H * V, there, num, V, BV)
+
+
+@triton.jit
+def features_kernel(
+    x, x_b, x_t: tl.constexpr, x_h,
+    weight, map_heads, bias,
+    out, out_log,
+    norm, constant, T, spans, span,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BD: tl.constexpr,
+    BF: tl.constexpr,
+    C: tl.constexpr,
+    ACT: tl.constexpr,
+    LOW: tl.constexpr,
+    OT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A feature map by itself: features ``[B, T, H, F]`` and, if there is ``out_log``, log-scales ``[B, T, H]``.
+
+    One program takes ``span`` tokens of one head.
+    """
+    head = tl.program_id(0)
+    pid = tl.program_id(1)
+    batch = (pid // spans).to(tl.int64)
+    begin = pid % spans * span
+    end = tl.minimum(begin + span, T)
+    PROJECT: tl.constexpr = weight is not None
+    BIAS: tl.constexpr = bias is not None
+    stat = batch * T * H + head
+    x += batch * x_b + head * x_h
+    w0, w1, l0, l1, c0, c1 = load_map(weight, bias, tl.where(map_heads == 1, 0, head), map_heads, D, F, BD, BF, ACT, OT)
+    for i in range(0, tl.cdiv(end - begin, C)):
+        first = begin + i * C
+        valid = first + tl.arange(0, C) < end
+        phi, logs = load_features(
+            x, first, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant, None, H,
+            D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+        )  # fmt: skip
+        store_rows(out + stat * F, first, H * F, valid, phi, F, BF)
+        if out_log is not None:
+            tl.store(column(out_log + stat, first, H, C), logs, mask=valid)

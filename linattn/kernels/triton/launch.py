@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -92,6 +93,8 @@ class Options(NamedTuple):
     """Exclude each query's own token."""
     segment: int
     """Tokens of a segment."""
+    fused: bool = True
+    """The kernels compute the map themselves; otherwise it is computed once, before them."""
 
 
 class Stats(NamedTuple):
@@ -130,6 +133,14 @@ def block(width: int) -> int:
     return max(NARROWEST, 1 << (width - 1).bit_length())
 
 
+def tile(width: int, columns: int) -> tuple[int, int]:
+    """Columns of each program's tile, at most so many unless 0, and how many programs share ``width`` of them."""
+    if not 0 < columns < width:
+        return block(width), 1
+    columns = max(columns, NARROWEST)
+    return (columns, -(-width // columns)) if columns < width else (block(width), 1)
+
+
 def sink_rows(sinks: int) -> int:
     """Rows of the tile that holds the sinks."""
     return max(16, 1 << (sinks - 1).bit_length()) if sinks else 16
@@ -142,7 +153,10 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 LAG_BLOCK = 256
 GATE_BLOCK = 1024
 MAP_CHUNK = 16 if INTERPRETED else 64
+WIDE_MAP_CHUNK = 16 if INTERPRETED else 32
 MAP_PROGRAMS = 1024
+LONE_PROGRAMS = 256
+"""Of a map that is not fused: few, as each reads its projections and writes their gradient."""
 MILD = {True: 60.0, False: 4.0}
 """Log-decay of a chunk, at most, that factors into one of its keys and one of its queries: by range in bfloat16, by
 precision in float32."""
@@ -347,8 +361,9 @@ def _fold(
     source = x.k_far if x.k_far is not None else x.k
     assert source is not None
     parts = _empty_parts(x, o, s, log=o.key_log)
+    columns, slices = tile(s.value_dim, c.fold_slice)
     launch(
-        fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
+        fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
         source, *strides(source), x.v, *strides(x.v),
         x.key_weight, _heads_of(x.key_weight, x.key_bias), x.key_bias,
         x.key_log, None, None,
@@ -357,7 +372,7 @@ def _fold(
         *parts,
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
-        BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=0, SKIPPED=skip,
+        BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=0, SKIPPED=skip,
         PLACE=1 if skip and s.segments == 2 and x.state_kv is None else 0,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
         REVERSE=False, PACKED=s.packed,
@@ -418,8 +433,58 @@ def _start(x: Inputs) -> Memory | None:
     return Memory(x.state_kv, x.state_k, x.state_m if x.state_m is not None else x.state_k)
 
 
+def featured(x: Inputs, o: Options, *, queries: bool = True) -> tuple[Inputs, Options]:
+    """A call whose map is not fused, with its features given instead; of the keys alone without ``queries``.
+
+    Every pass computes them anew: kept for the backward pass, they would take the memory of q and k once more.
+    """
+    if o.fused or o.activation == "given":
+        return x, o
+    q_far = k_far = query_log = key_log = None
+    if queries:
+        q_far, query_log = _features(x.q if x.q_far is None else x.q_far, x.query_weight, x.query_bias, o)
+    if x.k is not None:
+        k_far, key_log = _features(x.k if x.k_far is None else x.k_far, x.key_weight, x.key_bias, o)
+    without = dict.fromkeys(("query_weight", "key_weight", "query_bias", "key_bias"))
+    x = changed(x, q_far=q_far, k_far=k_far, query_log=query_log, key_log=key_log, **without)
+    return x, changed(o, activation="given", fused=True)
+
+
+def _features(x: Tensor, weight: Tensor | None, bias: Tensor | None, o: Options) -> tuple[Tensor, Tensor | None]:
+    """Features ``[B, T, H, F]`` as the products take them, and log-scales ``[B, T, H]`` if the map has any."""
+    batch, length, heads, dim = x.shape
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    phi = torch.empty(batch, length, heads, o.features, dtype=dtype, device=x.device)
+    log = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device) if o.key_log else None
+    spans, span = _spans(batch, length, heads, LONE_PROGRAMS)
+    narrow = _is_narrow(x, weight)
+    launch(
+        forward.features_kernel, (heads, batch * spans),
+        x, *strides(x), weight, _heads_of(weight, bias), bias,
+        phi, log,
+        o.norm, o.constant, length, spans, span,
+        H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features),
+        C=MAP_CHUNK if narrow else WIDE_MAP_CHUNK,
+        ACT=ACTIVATIONS[o.activation], LOW=_is_wider(weight, x.dtype), **precision(x.dtype, _tf32()),
+        num_warps=4 if narrow else 8, num_stages=2 if narrow else 1,
+    )  # fmt: skip
+    return phi, log
+
+
+def _spans(batch: int, length: int, heads: int, programs: int) -> tuple[int, int]:
+    """Spans of each sequence and tokens of a span, one for each program of a map."""
+    span = max(MAP_CHUNK, -(-batch * length * heads // programs // MAP_CHUNK) * MAP_CHUNK)
+    return -(-length // span), span
+
+
+def _is_narrow(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether projections of MAP_CHUNK rows fit the registers."""
+    return weight is None or (x.dtype == torch.bfloat16 and weight.shape[0] == 1 and block(weight.shape[-1]) <= 128)
+
+
 def memory_before(x: Inputs, o: Options, c: Config, gates: _Gates | None = None) -> Memory:
     """The memory before each segment, each tensor ``[0]`` where it is the given state or nothing."""
+    x, o = featured(x, o, queries=False)
     s = shape_of(x, o)
     if o.far and x.v is not None and (s.segments > 1 or s.packed):
         parts = _fold(x, o, s, c, _gates(x, o, s, c) if gates is None else gates, skip=not s.packed)
@@ -448,6 +513,7 @@ def final_memory(x: Inputs, o: Options, c: Config) -> tuple[Memory, Tensor]:
 
     ``q`` stands for heads only: it is not read.
     """
+    x, o = featured(x, o, queries=False)
     s = shape_of(x, o)
     parts = _fold(x, o, s, c, _gates(x, o, s, c))
     _, end = _scan(parts, _start(x), x, s, log=o.key_log, reverse=False, end=True)
@@ -459,6 +525,7 @@ def segment_gates(x: Inputs, o: Options, c: Config) -> Tensor:
     """Each segment's total decay ``[segments, Hkv]``, ``[0]`` without."""
     if x.decay is None:
         return torch.empty(0, dtype=torch.float32, device=x.q.device)
+    x, o = featured(x, o, queries=False)
     s = shape_of(x, o)
     return _fold(x, o, s, c, _gates(x, o, s, c))[3]
 
@@ -470,6 +537,8 @@ def final_memory_backward(
 
     ``m``: the final memory's log-scale. ``gate``: the segments' decay, see :func:`segment_gates`.
     """
+    raw, map_ = x, o
+    x, o = featured(x, o, queries=False)
     assert x.k is not None and x.v is not None
     s = shape_of(x, o)
     dtype, device = x.v.dtype, x.v.device
@@ -483,10 +552,10 @@ def final_memory_backward(
     )
     memory, total = _scan(parts, start, x, s, log=o.key_log, reverse=True, end=True)
     assert total is not None
-    shared = x.k_far is None
+    shared = raw.k_far is None
     k_far = x.k if x.k_far is None else x.k_far
     grads: dict[str, Tensor | None] = {}
-    given = o.activation == "given"
+    given = map_.activation == "given"
     wide = dtype if given or dtype == torch.bfloat16 else torch.float32
     dphi = torch.zeros(s.batch, s.length, s.kv_heads, o.features, dtype=wide, device=device)
     dv = torch.zeros(s.batch, s.length, s.kv_heads, s.value_dim, dtype=dtype, device=device)
@@ -503,15 +572,15 @@ def final_memory_backward(
         *memory,
         *_tables(x),
         None, None, None,
-        dphi, dv, dlog if given else None,
+        dphi, dv, dlog if o.activation == "given" else None,
         o.norm, o.constant, s.length, s.segments, o.segment,
         C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, EXACT=False,
         **dims,
         num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
     if not given:
-        dphi, grads["key_weight"], grads["key_bias"] = _through_map(
-            k_far, dphi, x.key_weight, x.key_bias, o, dlog, ("key_weight", "key_bias"), needs
+        dphi, grads["key_weight"], grads["key_bias"] = _keys_through_map(
+            raw, map_, k_far, dphi, needs, dlog if map_.fused else None
         )
     grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dphi, dv, dlog
     begin: Tensor | float = 0.0
@@ -529,6 +598,7 @@ def final_memory_backward(
 
 def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor, Stats]:
     """Output ``[B, T, H, V]`` and what the backward pass needs (if ``training``)."""
+    x, o = featured(x, o)
     s = shape_of(x, o)
     device, dtype = x.q.device, x.q.dtype
     out = torch.empty(s.batch, s.length, s.heads, s.value_dim, dtype=dtype, device=device)
@@ -556,9 +626,11 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
         query_heads, key_heads = _heads_of(x.query_weight, x.query_bias), _heads_of(x.key_weight, x.key_bias)
         lag = _lag(x, o, s)
+        columns, slices = tile(s.value_dim, c.forward_slice)
+        dims = _far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32) | {"BV": columns}
         for steep in _kinds(gates):
             launch(
-                forward.attend_kernel, (s.heads, s.total),
+                forward.attend_kernel, (s.heads * slices, s.total),
                 v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
                 x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
                 x.query_log, x.key_log, x.far_bias, lag,
@@ -568,8 +640,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
                 num, mass, log, far,
                 out, residual if rounds else None, top, rden, relative,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s),
-                **_far_dims(s, o, keys, _is_wider(x.query_weight, dtype), dtype, tf32),
+                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), **dims,
                 num_warps=c.forward_warps, num_stages=c.forward_stages,
             )  # fmt: skip
     if near:
@@ -592,6 +663,8 @@ def attend_backward(
     x: Inputs, o: Options, c: Config, out: Tensor, stats: Stats, dout: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor | None]:
     """Gradients by input name, for those that ``needs`` marks."""
+    raw, map_ = x, o
+    x, o = featured(x, o)
     s = shape_of(x, o)
     device, dtype = x.q.device, x.q.dtype
     dout = dout.contiguous()
@@ -609,7 +682,7 @@ def attend_backward(
     if x.sink_logits is not None and needs["sink_logits"]:
         grads["sink_logits"] = -((x.sink_logits.float() - stats.top).exp() * delta).sum((0, 1))
 
-    shared = x.q_far is None
+    shared = raw.q_far is None
     keys = x.k is not None
     k, v = (x.q, x.q) if x.k is None or x.v is None else (x.k, x.v)
     q_far, k_far = x.q if x.q_far is None else x.q_far, k if x.k_far is None else x.k_far
@@ -628,7 +701,7 @@ def attend_backward(
 
     # Queries. Features get their gradient first, then what they were computed from.
     exact = o.window > 0 or o.sinks > 0 or not o.far  # the window's kernels add to what the far part left
-    given = o.activation == "given"
+    given = map_.activation == "given"
     relative = stats.relative if s.top else None
     wide = dtype if dtype == torch.bfloat16 else torch.float32
     dq = dq_far = dlog_q = None
@@ -637,9 +710,11 @@ def attend_backward(
         if near and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias")):
             dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True)
         dphi = make(s.batch, s.length, s.heads, o.features, dtype=dtype if given else wide, partly=True)
+        columns, slices = tile(o.features, c.dq_slice if o.activation == "given" and dlog_q is None else 0)
+        dims = far_dims | {"BF": columns, "BDF": columns if slices > 1 else far_dims["BDF"]}
         for steep in _kinds(gates):
             launch(
-                backward.dq_kernel, (s.heads, s.total),
+                backward.dq_kernel, (s.heads * slices, s.total),
                 v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
                 x.key_weight, key_heads, x.key_bias,
                 x.key_log,
@@ -647,20 +722,20 @@ def attend_backward(
                 *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
                 *_tables(x),
                 scaled, relative, delta,
-                dphi, dlog_q if given else None,
+                dphi, dlog_q if o.activation == "given" else None,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top,
-                **far_dims,
+                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **dims,
                 num_warps=c.dq_warps, num_stages=c.dq_stages,
             )  # fmt: skip
         if not given:
             dphi, grads["query_weight"], grads["query_bias"] = _through_map(
-                q_far,
+                raw.q if raw.q_far is None else raw.q_far,
+                None if map_.fused else q_far,
                 dphi,
-                x.query_weight,
-                x.query_bias,
-                o,
-                dlog_q,
+                raw.query_weight,
+                raw.query_bias,
+                map_,
+                dlog_q if map_.fused else None,
                 ("query_weight", "query_bias"),
                 needs,
             )
@@ -692,8 +767,9 @@ def attend_backward(
     if o.far and ((keys and (s.segments > 1 or s.packed)) or want_state):
         skip = keys and not s.packed and not want_state
         sums = _empty_parts(x, o, s, log=s.top)
+        columns, slices = tile(s.value_dim, c.fold_slice)
         launch(
-            fold.fold_kernel, (s.kv_heads, s.total - s.sequences if skip else s.total),
+            fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
             q_far, *strides(q_far), scaled, *strides(scaled),
             x.query_weight, query_heads, x.query_bias,
             None, relative, delta,
@@ -702,7 +778,7 @@ def attend_backward(
             *sums,
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
-            BD=block(s.far_dim), BF=block(o.features), BV=block(s.value_dim), C=c.fold_chunk, GAP=gap, SKIPPED=skip,
+            BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=gap, SKIPPED=skip,
             PLACE=-1 if skip and s.segments == 2 else 0,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=s.top,
             REVERSE=True, PACKED=s.packed,
@@ -727,9 +803,15 @@ def attend_backward(
             if needs["key_log"] or needs["decay"]:
                 dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32)
             dphi = make(s.batch, s.length, s.kv_heads, o.features, dtype=dtype if given else wide)
-            for steep in _kinds(gates):
+            columns, slices = tile(o.features, c.dkv_slice if o.activation == "given" and dlog_k is None else 0)
+            runs: list[tuple[int, Tensor | None, Tensor | None, dict[str, Any]]] = [(1, dphi, dv, far_dims)]
+            if slices > 1:
+                runs = [(slices, dphi, None, far_dims | {"BF": columns, "BDF": columns})]
+                columns, slices = tile(s.value_dim, c.dkv_slice)
+                runs += [(slices, None, dv, far_dims | {"BV": columns})]
+            for (count, to_phi, to_v, dims), steep in itertools.product(runs, _kinds(gates)):
                 launch(
-                    backward.dkv_kernel, (s.kv_heads, s.total),
+                    backward.dkv_kernel, (s.kv_heads * count, s.total),
                     v, *strides(v), q_far, *strides(q_far), k_far, *strides(k_far),
                     x.query_weight, x.key_weight, query_heads, key_heads, x.query_bias, x.key_bias,
                     x.key_log,
@@ -737,15 +819,15 @@ def attend_backward(
                     *((None, None, None) if memory is None else memory),
                     *_tables(x),
                     scaled, relative, delta,
-                    dphi, dv, dlog_k if given else None,
+                    to_phi, to_v, dlog_k if o.activation == "given" else None,
                     o.norm, o.constant, s.length, s.segments, o.segment,
                     C=c.dkv_chunk or c.chunk, EXACT=steep, QUERIES=True,
-                    LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **far_dims,
+                    LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **dims,
                     num_warps=c.dkv_warps, num_stages=c.dkv_stages,
                 )  # fmt: skip
             if not given:
-                dphi, grads["key_weight"], grads["key_bias"] = _through_map(
-                    k_far, dphi, x.key_weight, x.key_bias, o, dlog_k, ("key_weight", "key_bias"), needs
+                dphi, grads["key_weight"], grads["key_bias"] = _keys_through_map(
+                    raw, map_, k_far, dphi, needs, dlog_k if map_.fused else None
                 )
             dk, dk_far = (dphi, None) if shared else (None, dphi)
         if dk is None and o.window:
@@ -827,6 +909,7 @@ def _decay_gradient(
 
 def _through_map(
     x: Tensor,
+    known: Tensor | None,
     dphi: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -837,12 +920,13 @@ def _through_map(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of a map's input ``x [B, T, H, D]``, weights and biases from that of its features ``dphi``.
 
-    Fills ``dlog``, the gradient of the log-scale.
+    ``known``: the features, if they are there. Fills ``dlog``, the gradient of the log-scale.
     """
     batch, length, heads, dim = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    span = max(MAP_CHUNK, -(-batch * length * heads // MAP_PROGRAMS // MAP_CHUNK) * MAP_CHUNK)
-    spans = -(-length // span)
+    lone = known is not None
+    narrow = not lone or _is_narrow(x, weight)
+    spans, span = _spans(batch, length, heads, LONE_PROGRAMS if lone else MAP_PROGRAMS)
     dw = dc = None
     if weight is not None and (needs[names[0]] or needs[names[1]]):
         dw = torch.empty(batch * spans, heads, weight.shape[0], *weight.shape[2:], dtype=torch.float32, device=x.device)
@@ -851,18 +935,28 @@ def _through_map(
     count = _heads_of(weight, bias)
     launch(
         backward.map_kernel, (heads, batch * spans),
-        x, *strides(x), dphi, weight, count, bias,
+        x, *strides(x), known, dphi, weight, count, bias,
         dx, dlog, dw, dc,
         o.norm, length, spans, span,
-        H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features), C=MAP_CHUNK,
+        H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features),
+        C=MAP_CHUNK if narrow else WIDE_MAP_CHUNK,
         ACT=ACTIVATIONS[o.activation], LOW=_is_wider(weight, x.dtype), **precision(x.dtype, _tf32()),
-        num_warps=4, num_stages=1,
+        num_warps=8 if lone else 4, num_stages=2 if lone and narrow else 1,
     )  # fmt: skip
     return (
         dx,
         None if dw is None else _sum_heads(dw, count, weight),
         None if dc is None else _sum_heads(dc, count, bias),
     )
+
+
+def _keys_through_map(
+    x: Inputs, o: Options, k_far: Tensor, dphi: Tensor, needs: dict[str, bool], dlog: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    k = x.k if x.k_far is None else x.k_far
+    assert k is not None
+    known = None if o.fused else k_far
+    return _through_map(k, known, dphi, x.key_weight, x.key_bias, o, dlog, ("key_weight", "key_bias"), needs)
 
 
 def _sums_before(d: Tensor, begin: Tensor | float, x: Inputs) -> Tensor:

@@ -304,7 +304,7 @@ def _call(op: Any, x: Inputs, o: Options, c: Config, *extra: Tensor) -> tuple[Te
 
 def _settings(ints: list[int], floats: list[float], activation: str) -> tuple[Options, Config]:
     values: dict[str, Any] = dict(zip(_INTS, ints, strict=False)) | dict(zip(_FLOATS, floats, strict=True))
-    for name in ("far", "key_log", "strict"):
+    for name in ("far", "key_log", "strict", "fused"):
         values[name] = bool(values[name])
     return Options(activation=activation, **values), Config(*ints[len(_INTS) :])
 

@@ -105,7 +105,7 @@ class Tuned(NamedTuple):
 
 
 def steps(problem: Problem, start: Config, on: config.Chip) -> list[Step]:
-    """The shipped search: segments and chunk, then chunk, warps and stages of each kernel."""
+    """The shipped search: segments and chunk, slices of large heads, then chunk, warps and stages of each kernel."""
     wide = problem.dtype != torch.bfloat16
     chunks = (16, 32, 64) if wide else (32, 64, 128)
     warps, stages = (4, 8), (1, 2, 3)
@@ -119,9 +119,13 @@ def steps(problem: Problem, start: Config, on: config.Chip) -> list[Step]:
     def product(**fields: Sequence[int]) -> list[dict[str, int]]:
         return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
+    slices = Step(
+        "slices", BOTH, product(forward_slice=(0, 64), fold_slice=(0, 64), dq_slice=(0, 64), dkv_slice=(0, 64))
+    )
     near = Step("near", BOTH, product(near_chunk=chunks, near_warps=warps, near_stages=stages))
     return [
         Step("chunk", BOTH, product(chunk=chunks)),
+        *([slices] if problem.value_dim > 64 and problem.features > 64 else []),
         Step("segments", BOTH, segments),
         Step("forward", FORWARD, product(forward_warps=warps, forward_stages=stages)),
         Step("fold", BOTH, product(fold_chunk=chunks, fold_warps=warps, fold_stages=stages)),

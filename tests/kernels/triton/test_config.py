@@ -144,6 +144,8 @@ def test_a_table_for_another_chip_is_left_aside_aloud(
         (lambda t: t.update(architectures="sm_90"), "architectures: got"),
         (lambda t: t.update(shared_memory=-1), "shared_memory: got -1"),
         (lambda t: t.update(largest_map=True), "largest_map: got true"),
+        (lambda t: t.update(largest_lone_map=-1), "largest_lone_map: got -1"),
+        (lambda t: t["entries"][0]["config"].update(dq_slice=48), r"dq_slice: got 48, expected 0, 16"),
         (lambda t: t.update(entries={}), "entries: got"),
         (lambda t: t["entries"].append(3), r"entries\[1\]: got 3"),
         (lambda t: t["entries"][0].pop("for"), r"entries\[0\].for is missing"),
@@ -183,12 +185,17 @@ def test_no_table_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conten
 
 def test_maps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "chip", lambda device: Chip("sm_90", 132))
-    assert config.fuses(CPU, torch.bfloat16, 1, 128, 128)
-    assert not config.fuses(CPU, torch.bfloat16, 1, 128, 129), "padded to 256"
-    assert not config.fuses(CPU, torch.bfloat16, 2, 128, 128)
-    assert not config.fuses(CPU, torch.float16, 1, 128, 128), "float32 operands take twice the room"
-    assert config.fuses(CPU, torch.float16, 1, 64, 128)
+    assert config.fuses(CPU, torch.bfloat16, 1, 64, 128)
+    assert not config.fuses(CPU, torch.bfloat16, 1, 64, 129), "padded to 256"
+    assert not config.fuses(CPU, torch.bfloat16, 2, 64, 128)
+    assert not config.fuses(CPU, torch.float16, 1, 64, 128), "float32 operands take twice the room"
+    assert config.fuses(CPU, torch.float16, 1, 64, 64)
     assert config.fuses(CPU, torch.float32, 0, 256, 512), "no weights, nothing to hold"
+    assert config.stands_alone(CPU, 1, 128, 128, trained=True)
+    assert config.stands_alone(CPU, 2, 64, 153, trained=False)
+    assert not config.stands_alone(CPU, 2, 64, 153, trained=True), "so does the gradient"
+    monkeypatch.setattr(config, "chip", lambda device: Chip("sm_86", 84))
+    assert not config.stands_alone(CPU, 1, 64, 64, trained=False), "not for chips it was not made for"
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 1000, 131072])

@@ -11,11 +11,12 @@ from torch import Tensor
 from linattn.errors import UnsupportedError
 from linattn.feature_maps import make
 from linattn.kernels import AttentionOutput, kernel_attention, linear_attention
+from linattn.kernels.protocols import GivenFeatures
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linattn.kernels.triton import backend, ops
-from linattn.kernels.triton.config import Config
-from linattn.kernels.triton.launch import Inputs, Options
+from linattn.kernels.triton.config import Config, using
+from linattn.kernels.triton.launch import Inputs, Options, tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HYBRID = {"window": 5, "sinks": 2}
@@ -80,6 +81,61 @@ def test_mild_and_strong_decays_equal_the_reference(options: dict[str, Any], for
 
     for found, want in zip(run("triton", phi, torch.float32), run("reference", wide, torch.float64), strict=True):
         torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
+
+
+@pytest.fixture
+def no_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every map is computed by a kernel of its own."""
+    monkeypatch.setattr(backend, "_fuses", lambda call, found: False)
+    monkeypatch.setattr(backend, "_stands_alone", lambda call, found: True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("exp", {}),
+        ("exp", {**HYBRID, "return_state": True}),
+        ("hedgehog", {"mask": True}),
+        ("favor+", {"causal": False}),
+        ("exp", {"causal": False, "window": 5}),
+    ],
+    ids=["pure", "hybrid-state", "mask", "bidirectional", "bidirectional-window"],
+)
+def test_a_map_before_the_kernels_equals_the_reference(no_map_fits: None, kind: str, options: dict[str, Any]) -> None:
+    phi = make(kind, 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    wide = make(kind, 8, num_heads=4, num_kv_heads=2).to(DEVICE).double()
+    wide.load_state_dict(phi.state_dict())
+    decay = [gates(40)] if options.get("causal", True) else []
+    if "mask" in options:
+        options = {"mask": torch.arange(40, device=DEVICE) > torch.tensor([[-1], [7]], device=DEVICE)}
+
+    def run(impl: str, map_: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs(40), *decay)]
+        found = kernel_attention(*leaves[:3], decay=(*leaves, None)[3], feature_map=map_, impl=impl, **options)
+        results = [found.out]
+        if found.state is not None:
+            scale = found.state.log_scale.exp()
+            results += [found.state.kv * scale[..., None, None], found.state.k * scale[..., None]]
+        grads = torch.autograd.grad(sum(r.sin().sum() for r in results), [*leaves, *map_.parameters()])
+        return [*results, *grads]
+
+    for found, want in zip(run("triton", phi, torch.float32), run("reference", wide, torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), want, atol=4e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
+
+
+def test_a_map_before_the_kernels_compiles(no_map_fits: None) -> None:
+    phi = make("exp", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    tensors = inputs(21)
+
+    def run(attend: Any) -> list[Tensor]:
+        found = attend(*tensors, feature_map=phi, impl="triton", return_state=True, **HYBRID)
+        loss = found.out.square().sum() + found.state.kv.square().sum()
+        return [found.out, *torch.autograd.grad(loss, [*tensors, *phi.parameters()])]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(kernel_attention, fullgraph=True, backend="aot_eager")
+    for found, want in zip(run(compiled), run(kernel_attention), strict=True):
+        torch.testing.assert_close(found, want)
 
 
 def operator_arguments() -> tuple[Any, ...]:
@@ -149,6 +205,44 @@ def test_a_miscompiling_release_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     assert backend.miscompiled("3.6.0", (9, 0)) is None
     assert backend.miscompiled("3.5.1", (8, 0)) is None
     backend.miscompiled.cache_clear()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, HYBRID, {"decay": True, "return_state": True}], ids=["pure", "hybrid", "decay-state"]
+)
+def test_programs_with_slices_equal_the_reference(options: dict[str, Any], groups: int) -> None:
+    """Each kernel's programs have 64 of 100 columns: the last slice begins inside the one before."""
+    assert tile(100, 64) == (64, 2)
+    chunk = 64 if DEVICE == "cuda" else 16
+    slices = {"forward_slice": 64, "fold_slice": 64, "dq_slice": 64, "dkv_slice": 64}
+    config = Config(chunk=chunk, fold_chunk=chunk, near_chunk=chunk, shortest=chunk, **slices)
+    length = 3 * chunk - 8
+    rng = torch.Generator().manual_seed(3)
+    heads = (2, 2 // groups, 2 // groups, 2, 2 // groups)
+    tensors = [
+        torch.randn(1, length, h, n, generator=rng).to(DEVICE)
+        for h, n in zip(heads, (8, 8, 100, 100, 100), strict=True)
+    ]
+    far = options.get("decay", False)
+    options = {name: value for name, value in options.items() if name != "decay"}
+    decay = [-0.2 * torch.rand(1, length, 2 // groups, generator=rng).to(DEVICE)] if far else []
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v, q_far, k_far, *gate = leaves = [x.to(dtype).requires_grad_() for x in (*tensors, *decay)]
+        phi = GivenFeatures(100, log_scaled=False)
+        found = kernel_attention(
+            q, k, v, q_far=q_far.abs(), k_far=k_far.abs(), feature_map=phi, decay=(*gate, None)[0], impl=impl, **options
+        )
+        results = [found.out, *([found.state.kv] if found.state is not None else [])]
+        loss = sum(r.sin().sum() for r in results)
+        return [*results, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+    exact = run("reference", torch.float64)
+    with using(config):
+        results = run("triton", torch.float32)
+    for found, want in zip(results, exact, strict=True):
+        torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
 
 
 def test_wide_values_go_in_slices() -> None:
