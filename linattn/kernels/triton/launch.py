@@ -854,7 +854,7 @@ def attend_backward(
             grads["key_log"] = dlog_k
         if needs["decay"]:
             before = Memory(stats.kv, stats.k, stats.m)
-            boundaries = None if memory is None else _across(before, memory, o, s)
+            boundaries = _across(before, memory, o, s) if memory is not None and stats.kv.numel() else None
             grads["decay"] = _decay_gradient(dlog_q, dlog_k, boundaries, x, o, s, gap)
     return grads
 
