@@ -2,6 +2,8 @@
 
 With p_ti the normalised weight of key i for query t, do_t the output's gradient and δ_t = do_t · o_t, everything comes
 from e_ti = do_t · v_i − δ_t: the gradient of a logit is p_ti e_ti, and that of a log-scale the sum of those it enters.
+One over the normaliser goes into the queries' features where these pass through registers anyway (``rden``), and into
+do beforehand where not.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from linattn.kernels.triton.device import (
     features_backward,
     gates,
     join,
-    load_features,
     load_map,
     load_memory,
     load_rows,
     locate,
     locate_slice,
+    operand_features,
     store_rows,
     weigh,
 )
@@ -40,10 +42,10 @@ def delta_kernel(
     out, residual, dout, rden, scaled, delta, rows,
     V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """do / normaliser of R rows, and δ = o · do / normaliser; zero where the normaliser was clamped: no gradient there.
+    """δ = o · do of R rows, zero where the normaliser was clamped: no gradient there.
 
-    ``residual`` is what rounding took from ``out``: an error in δ would be one in every weight of its row. So δ takes
-    the rounded gradient, too.
+    ``scaled``, if it is wanted: do over the normaliser. δ is then made from it as it was rounded: an error in δ would
+    be one in every weight of its row. So ``residual``, what rounding took from ``out``, enters, too.
     """
     first = tl.program_id(0).to(tl.int64) * R
     at = first + tl.arange(0, R)
@@ -52,9 +54,10 @@ def delta_kernel(
     if residual is not None:
         o += load_rows(residual, first, V, valid, V, BV).to(tl.float32)
     weight = tl.load(rden + at, mask=valid, other=0.0)
-    do = load_rows(dout, first, V, valid, V, BV).to(tl.float32) * weight[:, None]
-    do = do.to(scaled.dtype.element_ty)
-    store_rows(scaled, first, V, valid, do, V, BV)
+    do = load_rows(dout, first, V, valid, V, BV).to(tl.float32)
+    if scaled is not None:
+        do = (do * weight[:, None]).to(scaled.dtype.element_ty)
+        store_rows(scaled, first, V, valid, do, V, BV)
     d = tl.sum(o * do.to(tl.float32), 1)
     if TOP:
         d = tl.where(tl.abs(weight) > 0.99 / DENOMINATOR_FLOOR, 0.0, d)
@@ -91,7 +94,7 @@ def dq_kernel(
     gate_sums, steep,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, relative, delta,
+    do, relative, delta, rden,
     dphi_q, dlog,
     norm, constant, T, segments, segment,
     H: tl.constexpr,
@@ -166,6 +169,9 @@ def dq_kernel(
         log_row = tl.zeros([C], tl.float32)
         if TOP:
             log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
+        row_factor = 1.0
+        if rden is not None:
+            row_factor = tl.load(column(rden + stat, at, H, C), mask=there, other=0.0)
 
         # The keys of this chunk, as in the forward pass.
         if KEYS:
@@ -174,6 +180,11 @@ def dq_kernel(
             if SINKS > 0:
                 counts = valid & (base + rows >= SINKS)
             counted = counts.to(tl.float32)
+            xk = load_rows(kf, first, kf_t, valid, DF, BDF)
+            xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
+            given_k = None
+            if key_log is not None:
+                given_k = tl.load(column(key_log, first, kv_heads, C), mask=valid, other=0.0)
             weight = None
             if DECAY:
                 g, g_low, to_end, gate = gates(gate_sums, first, s * segment, last, kv_heads, C)
@@ -184,10 +195,9 @@ def dq_kernel(
                     z = z * exp(gate)
                 elif SINKS > 0:
                     weight = counted
-            xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-            phi_k, log_k = load_features(
-                kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
-                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight,
+            phi_k, log_k = operand_features(
+                xk, given_k, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant,
+                F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight,
             )  # fmt: skip
 
         # The memory: all earlier chunks.
@@ -215,6 +225,8 @@ def dq_kernel(
                 e = e * exp(tl.where(seen, tl.minimum(log_w, LARGEST_EXPONENT), EMPTY))
                 dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
                 dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
+                if rden is not None:
+                    dphi = dphi * row_factor[:, None]
                 weight, keep, m = weigh(m, log_weight, counts, step, True)
                 phi_k = (phi_k.to(tl.float32) * weight[:, None]).to(OT)
                 S = S * keep
@@ -225,10 +237,15 @@ def dq_kernel(
                     log_row += g - gate
                 dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
                 if TOP or DECAY:
-                    dphi = dphi * exp(tl.minimum(log_row, LARGEST_EXPONENT))[:, None]
+                    row_factor *= exp(tl.minimum(log_row, LARGEST_EXPONENT))
+                if TOP or DECAY or rden is not None:
+                    dphi = dphi * row_factor[:, None]
             S, z = join(S, z, phi_k, xv, counted, True, OT, PRECISION)
-        elif TOP:
-            dphi = dphi * exp(tl.minimum(log_m, LARGEST_EXPONENT))[:, None]
+        else:
+            if TOP:
+                row_factor *= exp(tl.minimum(log_m, LARGEST_EXPONENT))
+            if TOP or rden is not None:
+                dphi = dphi * row_factor[:, None]
 
         if dlog is not None:
             xq = load_rows(qf + row64 * qf_b + start * qf_t + head * qf_h, at, qf_t, there, F, BF)
@@ -257,7 +274,7 @@ def dkv_kernel(
     gate_sums, steep,
     state_kv, state_k, state_m,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, relative, delta,
+    do, relative, delta, rden,
     dphi_k, dv, dlog,
     norm, constant, T, segments, segment,
     H: tl.constexpr,
@@ -352,6 +369,14 @@ def dkv_kernel(
             counts = valid & (base + rows >= SINKS)
         at = first + GAP
         there = rows + GAP < length
+        xk = load_rows(kf, first, kf_t, valid, DF, BDF)
+        xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
+        given_k = None
+        if key_log is not None:
+            given_k = tl.load(column(key_log, first, kv_heads, C), mask=valid, other=0.0)
+        if SINGLE:
+            xq = load_rows(qf + kv_head * qf_h, at, qf_t, there, DF, BDF)
+            xdo = load_rows(do + (origin * H + kv_head) * V + v_left, at, H * V, there, V, BV).to(OT)
         g = tl.zeros([C], tl.float32)
         g_low = g
         to_end = g
@@ -377,10 +402,9 @@ def dkv_kernel(
             key_factor = counts.to(tl.float32)
 
         # The memory: all queries of later chunks.
-        xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-        phi_k, log_k = load_features(
-            kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
-            DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, key_factor,
+        phi_k, log_k = operand_features(
+            xk, given_k, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant,
+            F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, key_factor,
         )  # fmt: skip
         factor = None
         if not FACTORED:
@@ -403,7 +427,9 @@ def dkv_kernel(
             for group in range(G):
                 head = kv_head * G + group
                 stat = origin * H + head
-                xdo = load_rows(do + stat * V + v_left, at, H * V, there, V, BV).to(OT)
+                if not SINGLE:
+                    xq = load_rows(qf + head * qf_h, at, qf_t, there, DF, BDF)
+                    xdo = load_rows(do + stat * V + v_left, at, H * V, there, V, BV).to(OT)
                 row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
                 log_row = tl.zeros([C], tl.float32)
                 weighs = there
@@ -413,14 +439,17 @@ def dkv_kernel(
                 query_factor = None
                 if FACTORED and (TOP or DECAY):
                     query_factor = exp(tl.where(weighs, log_row + g - m, EMPTY))
+                if rden is not None:
+                    share = tl.load(column(rden + stat, at, H, C), mask=there, other=0.0)
+                    query_factor = share if query_factor is None else query_factor * share
                 if G > 1:
                     qw0, qw1, ql0, ql1, qc0, qc1 = load_map(
                         query_weight, query_bias, tl.where(query_map_heads == 1, 0, head), query_map_heads,
                         DF, F, BDF, BF, ACT, OT,
                     )  # fmt: skip
-                phi_q, _ = load_features(
-                    qf + head * qf_h, at, qf_t, there, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, None, H,
-                    DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, query_factor,
+                phi_q, _ = operand_features(
+                    xq, None, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant,
+                    F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, query_factor,
                 )  # fmt: skip
                 e = tl.dot(xv, tl.trans(xdo), input_precision=PRECISION) - row_delta[None, :]
                 kernel = tl.dot(phi_k, tl.trans(phi_q), input_precision=PRECISION)

@@ -297,23 +297,18 @@ def features(
 
 
 @triton.jit
-def load_features(
-    x, first, stride, valid, w0, w1, l0, l1, c0, c1, norm, constant, log_scale, log_stride,
-    D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, ACT: tl.constexpr,
-    PROJECT: tl.constexpr, LOW: tl.constexpr, BIAS: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
-    weight=None,
+def operand_features(
+    x, log_scale, w0, w1, l0, l1, c0, c1, norm, constant,
+    F: tl.constexpr, BF: tl.constexpr, ACT: tl.constexpr, PROJECT: tl.constexpr, LOW: tl.constexpr,
+    BIAS: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr, weight,
 ):  # fmt: skip
-    """Features ``[C, BF]`` and log-scale ``[C]``, which given ones bring along, of the rows of ``x`` from ``first``.
-
-    Features are multiplied by ``weight [C]`` and come in the type of operands.
-    """
-    xs = load_rows(x, first, stride, valid, D, BD)
-    phi, logs = features(
-        xs, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight
+    """:func:`features` in the type of operands; the log-scale is the given one, unless that is None."""
+    phi, found = features(
+        x, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight
     )
     if log_scale is not None:
-        logs = tl.load(column(log_scale, first, log_stride, valid.shape[0]), mask=valid, other=0.0)
-    return phi.to(OT), logs
+        found = log_scale
+    return phi.to(OT), found
 
 
 @triton.jit

@@ -16,11 +16,11 @@ from linattn.kernels.triton.device import (
     exp,
     gates,
     join,
-    load_features,
     load_map,
     load_rows,
     locate,
     locate_slice,
+    operand_features,
     weigh,
 )
 
@@ -30,7 +30,7 @@ def fold_kernel(
     x, x_b, x_t: tl.constexpr, x_h,
     y, y_b, y_t: tl.constexpr, y_h,
     weight, map_heads, bias,
-    log_scale, relative, delta,
+    log_scale, relative, delta, rden,
     gate_sums,
     starts, lengths, bases, seg_sequence, seg_first,
     out_kv, out_k, out_m, out_g,
@@ -58,9 +58,9 @@ def fold_kernel(
 ):  # fmt: skip
     """One segment of one key head: keys and values, or in REVERSE its G heads of queries and output gradients.
 
-    H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient over the normaliser, and the queries of
-    a segment are those GAP rows later. SKIPPED leaves out the last (in REVERSE the first) segment of each sequence;
-    sums go PLACE segments on. Each program has BV of the columns of ``y``.
+    H is the number of heads of ``x``; in REVERSE ``y`` is the output's gradient, over the normaliser unless there is
+    ``rden``, and the queries of a segment are those GAP rows later. SKIPPED leaves out the last (in REVERSE the first)
+    segment of each sequence; sums go PLACE segments on. Each program has BV columns of ``y``.
     """
     head, left = locate_slice(tl.program_id(0), V, BV)
     pid = tl.program_id(1)
@@ -93,35 +93,39 @@ def fold_kernel(
         at_x = first + GAP
         valid = (rows < end) & (rows + GAP < length)
         counts = valid & (base + rows >= SINKS)
-        gate = tl.full([], 0.0, tl.float32)
-        along = tl.zeros([C], tl.float32)
-        if DECAY:
-            g, _, to_end, gate = gates(gate_sums, first, begin, end - 1, kv_heads, C)
-            along = g if REVERSE else to_end
         for group in range(G if REVERSE else 1):
             hx = head * G + group if REVERSE else head
             if REVERSE:
                 w0, w1, l0, l1, c0, c1 = load_map(
                     weight, bias, tl.where(map_heads == 1, 0, hx), map_heads, D, F, BD, BF, ACT, OT
                 )
-            ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)
             stat = origin * H + hx
-            log_weight = along
-            step = gate
+            xs = load_rows(x + hx * x_h, at_x, x_t, valid, D, BD)
+            ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)
+            given = None
+            if log_scale is not None:
+                given = tl.load(column(log_scale + stat, at_x, H, C), mask=valid, other=0.0)
+            log_weight = tl.zeros([C], tl.float32)
             z_weight = counts.to(tl.float32)
             if REVERSE:
                 z_weight = -tl.load(column(delta + stat, at_x, H, C), mask=valid, other=0.0)
                 if LOG:
                     log_weight += tl.load(column(relative + stat, at_x, H, C), mask=valid, other=EMPTY)
                     counts = log_weight > EMPTY / 4
+            step = tl.full([], 0.0, tl.float32)
+            if DECAY:
+                g, _, to_end, gate = gates(gate_sums, first, begin, end - 1, kv_heads, C)
+                log_weight += g if REVERSE else to_end
                 step = tl.where(group == 0, gate, 0.0)
             joining = None
             if BEFORE and (LOG or DECAY):
                 joining, keep, m = weigh(m, log_weight, counts, step, LOG)
-            phi, logs = load_features(
-                x + hx * x_h, at_x, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant,
-                None if log_scale is None else log_scale + stat, H,
-                D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, joining,
+            if rden is not None:
+                share = tl.load(column(rden + stat, at_x, H, C), mask=valid, other=0.0)
+                joining = share if joining is None else joining * share
+            phi, logs = operand_features(
+                xs, given, w0, w1, l0, l1, c0, c1, norm, constant,
+                F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, joining,
             )  # fmt: skip
             if not BEFORE:
                 joins, keep, m = weigh(m, log_weight + logs, counts, step, LOG)

@@ -16,7 +16,6 @@ from linattn.kernels.triton.device import (
     exp,
     gates,
     join,
-    load_features,
     load_map,
     load_memory,
     load_rows,
@@ -24,6 +23,7 @@ from linattn.kernels.triton.device import (
     locate_slice,
     mass_of,
     normalise,
+    operand_features,
     rounded,
     store_output,
     store_rows,
@@ -122,6 +122,10 @@ def attend_kernel(
         rows = first + local
         at = first + GAP  # its queries
         there = rows + GAP < length
+        xq = load_rows(qf, at, qf_t, there, DF, BDF)
+        given_q = None
+        if query_log is not None:
+            given_q = tl.load(column(query_log, at, H, C), mask=there, other=0.0)
 
         # The keys of this chunk. Unless PAIRWISE, the weight of a pair is one factor of its key and one of its query,
         # both relative to the chunk's end.
@@ -131,6 +135,11 @@ def attend_kernel(
             if SINKS > 0:
                 counts = valid & (base + rows >= SINKS)
             counted = counts.to(tl.float32)
+            xk = load_rows(kf, first, kf_t, valid, DF, BDF)
+            xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
+            given_k = None
+            if key_log is not None:
+                given_k = tl.load(column(key_log, first, kv_heads, C), mask=valid, other=0.0)
             weight = None
             if DECAY:
                 g, g_low, to_end, gate = gates(gate_sums, first, s * segment, last, kv_heads, C)
@@ -141,16 +150,15 @@ def attend_kernel(
                     z = z * exp(gate)
                 elif SINKS > 0:
                     weight = counted
-            xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-            phi_k, log_k = load_features(
-                kf, first, kf_t, valid, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant, key_log, kv_heads,
-                DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight,
+            phi_k, log_k = operand_features(
+                xk, given_k, kw0, kw1, kl0, kl1, kc0, kc1, norm, constant,
+                F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, weight,
             )  # fmt: skip
 
         # The memory: all earlier chunks.
-        phi_q, log_q = load_features(
-            qf, at, qf_t, there, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant, query_log, H,
-            DF, F, BDF, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
+        phi_q, log_q = operand_features(
+            xq, given_q, qw0, qw1, ql0, ql1, qc0, qc1, norm, constant,
+            F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, None,
         )  # fmt: skip
         num = tl.dot(phi_q, tl.trans(S.to(OT)), input_precision=PRECISION)
         mass = mass_of(phi_q, z, OT, PRECISION)
@@ -259,10 +267,10 @@ def features_kernel(
     for i in range(0, tl.cdiv(end - begin, C)):
         first = begin + i * C
         valid = first + tl.arange(0, C) < end
-        phi, logs = load_features(
-            x, first, x_t, valid, w0, w1, l0, l1, c0, c1, norm, constant, None, H,
-            D, F, BD, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION,
-        )  # fmt: skip
+        xs = load_rows(x, first, x_t, valid, D, BD)
+        phi, logs = operand_features(
+            xs, None, w0, w1, l0, l1, c0, c1, norm, constant, F, BF, ACT, PROJECT, LOW, BIAS, OT, PRECISION, None
+        )
         store_rows(out + stat * F, first, H * F, valid, phi, F, BF)
         if out_log is not None:
             tl.store(column(out_log + stat, first, H, C), logs, mask=valid)

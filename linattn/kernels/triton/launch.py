@@ -366,7 +366,7 @@ def _fold(
         fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
         source, *strides(source), x.v, *strides(x.v),
         x.key_weight, _heads_of(x.key_weight, x.key_bias), x.key_bias,
-        x.key_log, None, None,
+        x.key_log, None, None, None,
         gates.sums,
         *_tables(x),
         *parts,
@@ -571,7 +571,7 @@ def final_memory_backward(
         gates.sums, None,
         *memory,
         *_tables(x),
-        None, None, None,
+        None, None, None, None,
         dphi, dv, dlog if o.activation == "given" else None,
         o.norm, o.constant, s.length, s.segments, o.segment,
         C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, EXACT=False,
@@ -671,16 +671,23 @@ def attend_backward(
     f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     grads: dict[str, Tensor | None] = {}
     delta = torch.empty_like(stats.rden)
-    scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    scaled, rden = dout, stats.rden
+    plain = o.activation == "given" and not s.top and x.decay is None  # features reach the products as they are
+    if plain:
+        scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        rden = None
     count = delta.numel()
     if count:
         launch(
             backward.delta_kernel, (-(-count // 64),),
-            out, stats.residual if stats.residual.numel() else None, dout, stats.rden, scaled, delta, count,
+            out, stats.residual if stats.residual.numel() else None, dout, stats.rden,
+            scaled if plain else None, delta, count,
             V=s.value_dim, BV=block(s.value_dim), R=64, TOP=s.top,
         )  # fmt: skip
     if x.sink_logits is not None and needs["sink_logits"]:
-        grads["sink_logits"] = -((x.sink_logits.float() - stats.top).exp() * delta).sum((0, 1))
+        grads["sink_logits"] = -(
+            (x.sink_logits.float() - stats.top).exp() * delta * (1.0 if rden is None else rden)
+        ).sum((0, 1))
 
     shared = raw.q_far is None
     keys = x.k is not None
@@ -721,7 +728,7 @@ def attend_backward(
                 gates.sums, gates.steep,
                 *_memory_before(x, o, s, Memory(stats.kv, stats.k, stats.m)),
                 *_tables(x),
-                scaled, relative, delta,
+                scaled, relative, delta, rden,
                 dphi, dlog_q if o.activation == "given" else None,
                 o.norm, o.constant, s.length, s.segments, o.segment,
                 C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **dims,
@@ -750,7 +757,7 @@ def attend_backward(
             x.q, *strides(x.q), k, *strides(k), v, *strides(v),
             x.sink_k, x.sink_v,
             *_tables(x),
-            scaled, stats.top, delta,
+            scaled, stats.top, delta, rden,
             dq, dsink_k, dsink_v,
             o.scale, o.softcap, s.length, s.segments, o.segment,
             SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap, TOP=s.top, ADD=o.far and shared, **near_dims,
@@ -772,7 +779,7 @@ def attend_backward(
             fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
             q_far, *strides(q_far), scaled, *strides(scaled),
             x.query_weight, query_heads, x.query_bias,
-            None, relative, delta,
+            None, relative, delta, rden,
             gates.sums,
             *_tables(x),
             *sums,
@@ -803,12 +810,13 @@ def attend_backward(
             if needs["key_log"] or needs["decay"]:
                 dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32)
             dphi = make(s.batch, s.length, s.kv_heads, o.features, dtype=dtype if given else wide)
-            columns, slices = tile(o.features, c.dkv_slice if o.activation == "given" and dlog_k is None else 0)
             runs: list[tuple[int, Tensor | None, Tensor | None, dict[str, Any]]] = [(1, dphi, dv, far_dims)]
-            if slices > 1:
-                runs = [(slices, dphi, None, far_dims | {"BF": columns, "BDF": columns})]
-                columns, slices = tile(s.value_dim, c.dkv_slice)
-                runs += [(slices, None, dv, far_dims | {"BV": columns})]
+            if c.dkv_slice and (dlog_k is None or not given):
+                sliced = o.activation == "given" and dlog_k is None
+                columns, slices = tile(o.features, c.dkv_slice if sliced else 0)
+                to_features = far_dims | ({"BF": columns, "BDF": columns} if slices > 1 else {})
+                columns, more = tile(s.value_dim, c.dkv_slice if sliced else 0)
+                runs = [(slices, dphi, None, to_features), (more, None, dv, far_dims | {"BV": columns})]
             for (count, to_phi, to_v, dims), steep in itertools.product(runs, _kinds(gates)):
                 launch(
                     backward.dkv_kernel, (s.kv_heads * count, s.total),
@@ -818,7 +826,7 @@ def attend_backward(
                     gates.sums, gates.steep,
                     *((None, None, None) if memory is None else memory),
                     *_tables(x),
-                    scaled, relative, delta,
+                    scaled, relative, delta, rden,
                     to_phi, to_v, dlog_k if o.activation == "given" else None,
                     o.norm, o.constant, s.length, s.segments, o.segment,
                     C=c.dkv_chunk or c.chunk, EXACT=steep, QUERIES=True,
@@ -837,7 +845,7 @@ def attend_backward(
                 window.near_dkv_kernel, (s.kv_heads * chunks,),
                 x.q, *strides(x.q), k, *strides(k), v, *strides(v),
                 *_tables(x),
-                scaled, stats.top, delta,
+                scaled, stats.top, delta, rden,
                 dk, dv,
                 o.scale, o.softcap, s.length, s.segments, o.segment,
                 ADD_K=o.far and shared, ADD_V=o.far, **near_dims,

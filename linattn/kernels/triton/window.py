@@ -212,7 +212,7 @@ def near_dq_kernel(
     v, v_b, v_t: tl.constexpr, v_h,
     sink_k, sink_v,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, top, delta,
+    do, top, delta, rden,
     dq, dsink_k, dsink_v,
     scale, softcap, T, segments, segment,
     H: tl.constexpr,
@@ -264,6 +264,9 @@ def near_dq_kernel(
     row_top = tl.zeros([C], tl.float32)
     if TOP:
         row_top = tl.load(column(top + stat, first, H, C), mask=valid, other=0.0) * LOG2_E
+    row_factor = tl.zeros([C], tl.float32) + 1.0
+    if rden is not None:
+        row_factor = tl.load(column(rden + stat, first, H, C), mask=valid, other=0.0)
     dx = tl.zeros([C, BD], tl.float32)
     if KEYS and WINDOW > 0:
         xk = load_rows(k, first, k_t, valid, D, BD)
@@ -292,12 +295,14 @@ def near_dq_kernel(
         e = tl.dot(xdo, tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
         ds = (p * e * slope).to(OT)
         dx = tl.dot(ds, xk, dx, input_precision=PRECISION)
+        p = p * row_factor[:, None]
+        ds = (p * e * slope).to(OT)
         dsk = tl.dot(tl.trans(ds), xq, input_precision=PRECISION)
         dsv = tl.dot(tl.trans(p.to(OT)), xdo, input_precision=PRECISION)
         place = chunk.to(tl.int64) * H + head
         store_rows(dsink_k + place * SINKS * D, n * 0, D, sink_at < SINKS, dsk * scale, D, BD)
         store_rows(dsink_v + place * SINKS * V, n * 0, V, sink_at < SINKS, dsv, V, BV)
-    dx = dx * scale
+    dx = dx * (row_factor * scale)[:, None]
     dq += stat * D
     if ADD:
         dx += load_rows(dq, first, H * D, valid & (rows >= GAP), D, BD).to(tl.float32)
@@ -306,7 +311,7 @@ def near_dq_kernel(
 
 @triton.jit
 def dkv_block(
-    dk, dv, k, v, q, do, delta, top, seen, scale, softcap,
+    dk, dv, k, v, q, do, delta, top, rden, seen, scale, softcap,
     SOFTCAP: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys over the scale and of values ``[N, ·]``, with what queries ``[C, BD]`` add to them.
@@ -315,6 +320,7 @@ def dkv_block(
     """
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p, slope = weigh(s, seen, top[None, :], scale, softcap, SOFTCAP)
+    p = p * rden[None, :]
     dv = tl.dot(p.to(OT), do, dv, input_precision=PRECISION)
     e = tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :]
     dk = tl.dot((p * e * slope).to(OT), q, dk, input_precision=PRECISION)
@@ -327,7 +333,7 @@ def near_dkv_kernel(
     k, k_b, k_t: tl.constexpr, k_h,
     v, v_b, v_t: tl.constexpr, v_h,
     starts, lengths, bases, seg_sequence, seg_first,
-    do, top, delta,
+    do, top, delta, rden,
     dk, dv,
     scale, softcap, T, segments, segment,
     H: tl.constexpr,
@@ -383,9 +389,12 @@ def near_dkv_kernel(
             xdo = load_rows(do + stat * V, query_first, H * V, there, V, BV).to(OT)
             row_delta = tl.load(column(delta + stat, query_first, H, C), mask=there, other=0.0)
             row_top = tl.load(column(top + stat, query_first, H, C), mask=there, other=0.0) * LOG2_E
+            share = tl.zeros([C], tl.float32) + 1.0
+            if rden is not None:
+                share = tl.load(column(rden + stat, query_first, H, C), mask=there, other=0.0)
             seen = (at[None, :] >= (rows + LEAST)[:, None]) & (at[None, :] < (rows + WINDOW)[:, None])
             dxk, dxv = dkv_block(
-                dxk, dxv, xk, xv, xq, xdo, row_delta, row_top, seen, scale, softcap, SOFTCAP, OT, PRECISION
+                dxk, dxv, xk, xv, xq, xdo, row_delta, row_top, share, seen, scale, softcap, SOFTCAP, OT, PRECISION
             )
     dxk = dxk * scale
     dk += (origin * kv_heads + kv_head) * D
