@@ -169,7 +169,7 @@ def dq_kernel(
         log_row = tl.zeros([C], tl.float32)
         if TOP:
             log_row += tl.load(column(relative + stat, at, H, C), mask=there, other=EMPTY)
-        row_factor = 1.0
+        row_factor = tl.full([C], 1.0, tl.float32)
         if rden is not None:
             row_factor = tl.load(column(rden + stat, at, H, C), mask=there, other=0.0)
 

@@ -47,8 +47,8 @@ class Config(NamedTuple):
         chunk: tokens of a chunk in the forward pass and in dq. fold_chunk: in the segment sums.
         dkv_chunk: in dkv; 0 for as many as chunk. near_chunk: in the window's kernels; 0 for as many, at most 64.
         forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums; dq_slice: given
-            features of one in dq; dkv_slice: features or value columns of one in dkv, which then runs for either; 0
-            for all.
+            features of one in dq; dkv_slice: given features or value columns of one in dkv, which then runs once for
+            the features' gradient and once for the values'; 0 for all.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -69,6 +69,8 @@ class Config(NamedTuple):
     dkv_stages: int = 1
     near_warps: int = 4
     near_stages: int = 2
+    near_dkv_stages: int = 2
+    map_stages: int = 1
     forward_slice: int = 0
     fold_slice: int = 0
     dq_slice: int = 0

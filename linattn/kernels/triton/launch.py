@@ -580,7 +580,7 @@ def final_memory_backward(
     )  # fmt: skip
     if not given:
         dphi, grads["key_weight"], grads["key_bias"] = _keys_through_map(
-            raw, map_, k_far, dphi, needs, dlog if map_.fused else None
+            raw, map_, c, k_far, dphi, needs, dlog if map_.fused else None
         )
     grads["k" if shared else "k_far"], grads["v"], grads["key_log"] = dphi, dv, dlog
     begin: Tensor | float = 0.0
@@ -671,7 +671,8 @@ def attend_backward(
     f32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     grads: dict[str, Tensor | None] = {}
     delta = torch.empty_like(stats.rden)
-    scaled, rden = dout, stats.rden
+    scaled = dout
+    rden: Tensor | None = stats.rden
     plain = o.activation == "given" and not s.top and x.decay is None  # features reach the products as they are
     if plain:
         scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
@@ -742,6 +743,7 @@ def attend_backward(
                 raw.query_weight,
                 raw.query_bias,
                 map_,
+                c,
                 dlog_q if map_.fused else None,
                 ("query_weight", "query_bias"),
                 needs,
@@ -835,7 +837,7 @@ def attend_backward(
                 )  # fmt: skip
             if not given:
                 dphi, grads["key_weight"], grads["key_bias"] = _keys_through_map(
-                    raw, map_, k_far, dphi, needs, dlog_k if map_.fused else None
+                    raw, map_, c, k_far, dphi, needs, dlog_k if map_.fused else None
                 )
             dk, dk_far = (dphi, None) if shared else (None, dphi)
         if dk is None and o.window:
@@ -848,7 +850,8 @@ def attend_backward(
                 scaled, stats.top, delta, rden,
                 dk, dv,
                 o.scale, o.softcap, s.length, s.segments, o.segment,
-                ADD_K=o.far and shared, ADD_V=o.far, **near_dims,
+                ADD_K=o.far and shared, ADD_V=o.far,
+                **(near_dims | {"num_stages": min(c.near_dkv_stages, 2 if s.head_dim <= 64 else 1)}),
             )  # fmt: skip
         grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
 
@@ -922,6 +925,7 @@ def _through_map(
     weight: Tensor | None,
     bias: Tensor | None,
     o: Options,
+    c: Config,
     dlog: Tensor | None,
     names: tuple[str, str],
     needs: dict[str, bool],
@@ -949,7 +953,7 @@ def _through_map(
         H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features),
         C=MAP_CHUNK if narrow else WIDE_MAP_CHUNK,
         ACT=ACTIVATIONS[o.activation], LOW=_is_wider(weight, x.dtype), **precision(x.dtype, _tf32()),
-        num_warps=8 if lone else 4, num_stages=2 if lone and narrow else 1,
+        num_warps=8 if lone else 4, num_stages=c.map_stages if narrow else 1,
     )  # fmt: skip
     return (
         dx,
@@ -959,12 +963,12 @@ def _through_map(
 
 
 def _keys_through_map(
-    x: Inputs, o: Options, k_far: Tensor, dphi: Tensor, needs: dict[str, bool], dlog: Tensor | None
+    x: Inputs, o: Options, c: Config, k_far: Tensor, dphi: Tensor, needs: dict[str, bool], dlog: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     k = x.k if x.k_far is None else x.k_far
     assert k is not None
     known = None if o.fused else k_far
-    return _through_map(k, known, dphi, x.key_weight, x.key_bias, o, dlog, ("key_weight", "key_bias"), needs)
+    return _through_map(k, known, dphi, x.key_weight, x.key_bias, o, c, dlog, ("key_weight", "key_bias"), needs)
 
 
 def _sums_before(d: Tensor, begin: Tensor | float, x: Inputs) -> Tensor:

@@ -406,10 +406,10 @@ def step_kernel(
 
 STATE_TILE = 128 * 256
 """Largest part ``[BF, BV]`` of a state that one program holds in its registers."""
-STATE_NUMBERS, OTHER_BYTES = 32, 64
+STATE_NUMBERS, OTHER_BYTES = 64, 32
 """Numbers a thread holds of the state where 16 warps are enough, bytes of a block of the ring or of a projection."""
-REGISTERS = 128
-"""Of a thread: 16 warps fit a multiprocessor, whose programs load while others compute."""
+REGISTERS = {4: 168, 8: 128, 16: 128}
+"""Of a thread, by warps: three programs fit a multiprocessor, or two; some load while others compute."""
 
 
 @torch.no_grad()
@@ -557,7 +557,7 @@ def _step(
     if window_block is None:
         window_block = min(triton.next_power_of_2(max(window, 1)), block // (max(bd, bv) * k.element_size()))
     weight_size = 4 if weights[0] is None else weights[0].element_size()
-    options = {"maxnreg": registers or REGISTERS} if NVIDIA else {}
+    options = {"maxnreg": registers or REGISTERS.get(num_warps, 128)} if NVIDIA else {}
     weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),

@@ -131,7 +131,8 @@ def steps(problem: Problem, start: Config, on: config.Chip) -> list[Step]:
         Step("fold", BOTH, product(fold_chunk=chunks, fold_warps=warps, fold_stages=stages)),
         Step("dq", BOTH, product(dq_warps=warps, dq_stages=stages)),
         Step("dkv", BOTH, product(dkv_chunk=chunks[:2], dkv_warps=warps, dkv_stages=stages)),
-        *([near] if problem.window else []),
+        *([near, Step("near dkv", BOTH, product(near_dkv_stages=stages))] if problem.window else []),
+        Step("map", BOTH, product(map_stages=stages)),
     ]
 
 
