@@ -70,7 +70,7 @@ class Case:
     def flop(self, name: str) -> int:
         """Of the recurrent form: update and read the state (backward: again, and five such products), map, window."""
         state = self.features * self.value_dim * (4 if name == FORWARD else 14)
-        maps = {"given": 0, "hedgehog": self.features // 2}.get(self.map, self.features)
+        maps = {"given": 0, "elu": 0, "hedgehog": self.features // 2}.get(self.map, self.features)
         exact = min(self.window, self.length) * (self.head_dim + self.value_dim) * 2
         extra = 4 * self.head_dim * maps * (1 if name == FORWARD else 3) + exact * (1 if name == FORWARD else 3.5)
         return int((state + extra) * self.batch * self.length * self.heads)
@@ -133,7 +133,7 @@ def draw(case: Case, device: str) -> Tensors:
             decay = decay * (2 * torch.rand(b, t, h, device=device))
         decay.requires_grad_()
     if case.map != "given":
-        options = {} if case.map == "hedgehog" else {"num_features": case.features}
+        options = {} if case.map in ("hedgehog", "elu") else {"num_features": case.features}
         phi = make(case.map, case.head_dim, num_heads=h, device=device, dtype=DTYPE, **options)
         with torch.no_grad():
             for p in phi.parameters():
@@ -161,7 +161,7 @@ HYBRID_LENGTHS = tuple(1 << p for p in range(13, 21))
 HYBRID = tuple(
     Case(1, t, window=WINDOW, sinks=SINKS, decay=decay) for decay in ("head", "token") for t in HYBRID_LENGTHS
 )
-CROSSOVER_MAPS = (("hedgehog", 64), ("exp", 128), ("favor+", 128))
+CROSSOVER_MAPS = (("hedgehog", 64), ("elu", 128), ("exp", 128), ("favor+", 128))
 SDPA = {CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION}
 COLD = {
     "given": Case(8, 2048, map="given"),

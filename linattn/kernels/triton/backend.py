@@ -404,7 +404,7 @@ def _options(call: Call, mapped: _Mapped, segment: int, *, strict: bool = False)
 
 def _config(call: Call, mapped: _Mapped) -> Config:
     dims = (mapped.features, min(call.v.shape[-1], _value_slice(mapped.features)), call.k.shape[-1])
-    activation = mapped.activation if mapped.fused else "given"
+    activation = mapped.activation if mapped.fused else "lone"
     return choose(call.q.device, call.q.dtype, activation, *dims, call.window)
 
 

@@ -4,7 +4,7 @@ A table names ``architectures``, the ``shared_memory`` in bytes that its configs
 fastest inside them, the ``largest_lone_map`` that a kernel of its own holds, and ``entries``. An entry has a ``config``
 (fields of :class:`Config`; what it leaves out is the default) and, under ``for``, the calls it is meant for:
 
-    activation   "given" features, or "fused" into the kernels
+    activation   "given" features, "fused" into the kernels, or computed by a "lone" kernel before them
     dtype        "bfloat16" or "float32": the operands of the products, float32 for float16 inputs too
     window       true or false
     features, value_dim, head_dim        at most so many
@@ -141,7 +141,7 @@ class Chip(NamedTuple):
 
 
 KINDS: dict[str, tuple[Any, ...]] = {
-    "activation": ("given", "fused"),
+    "activation": ("given", "fused", "lone"),
     "dtype": ("bfloat16", "float32"),
     "window": (False, True),
 }
@@ -165,7 +165,8 @@ def choose(
 
     Args:
         device: of the inputs; asked once for its properties. dtype: of the inputs.
-        activation: of the map as the kernels compute it, ``"given"`` where they do not.
+        activation: of the map as the kernels compute it, ``"given"`` where they do not, ``"lone"`` where one does
+            before the others.
         features: F, 0 without a far branch. value_dim, head_dim: V and D. window: tokens attended exactly.
 
     Raises:
@@ -174,7 +175,7 @@ def choose(
     given = activation == "given"
     return _answer(
         device,
-        "given" if given else "fused",
+        activation if activation in ("given", "lone") else "fused",
         "bfloat16" if dtype == torch.bfloat16 else "float32",
         True if window > 0 else False,  # noqa: SIM210 (a symbolic size becomes a constant here)
         _power(features),
