@@ -317,6 +317,9 @@ def dkv_kernel(
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
     FACTORED: tl.constexpr = QUERIES and not KLOG and not EXACT
+    LOG: tl.constexpr = (
+        TOP and KLOG
+    )  # else far weights have the scale of rows, and no memory leaves the range of numbers
     SINGLE: tl.constexpr = QUERIES and G == 1  # one query head: what needs most registers comes last
     key_stat = origin * kv_heads + kv_head
     if key_log is not None:
@@ -353,7 +356,7 @@ def dkv_kernel(
         if (tl.load(steep + place) != 0) != EXACT:
             return
     R, z, m = load_memory(
-        state_kv, state_k, state_m, place, s < segments - 1 if LAST_EMPTY else s >= 0, F, V, BF, BV, TOP
+        state_kv, state_k, state_m, place, s < segments - 1 if LAST_EMPTY else s >= 0, F, V, BF, BV, LOG
     )
 
     begin = s * (segment // C)
@@ -384,20 +387,11 @@ def dkv_kernel(
         if DECAY:
             g, g_low, to_end, gate = gates(gate_sums, first, s * segment, last, kv_heads, C)
 
-        new = m
         key_factor = None
-        if FACTORED and (TOP or DECAY):
-            if TOP:
-                new += gate
-                for group in range(G):
-                    pointers = column(relative + origin * H + kv_head * G + group, at, H, C)
-                    log_row = tl.load(pointers, mask=there, other=EMPTY)
-                    new = tl.maximum(new, tl.max(tl.where(log_row > EMPTY / 4, log_row + g, EMPTY), 0))
-            keep = exp(m + gate - new)
-            R = R * keep
-            z = z * keep
-            m = new
-            key_factor = exp(tl.where(counts, tl.minimum(new - g, LARGEST_EXPONENT), EMPTY))
+        if FACTORED and DECAY:
+            R = R * exp(gate)
+            z = z * exp(gate)
+            key_factor = exp(tl.where(counts, tl.minimum(-g, LARGEST_EXPONENT), EMPTY))
         elif FACTORED and SINKS > 0:
             key_factor = counts.to(tl.float32)
 
@@ -409,7 +403,7 @@ def dkv_kernel(
         factor = None
         if not FACTORED:
             log_m = to_end
-            if TOP:
+            if LOG:
                 log_m += m
             if KLOG:
                 log_m += log_k
@@ -438,7 +432,7 @@ def dkv_kernel(
                     weighs = log_row > EMPTY / 4
                 query_factor = None
                 if FACTORED and (TOP or DECAY):
-                    query_factor = exp(tl.where(weighs, log_row + g - m, EMPTY))
+                    query_factor = exp(tl.where(weighs, log_row + g, EMPTY))
                 if rden is not None:
                     share = tl.load(column(rden + stat, at, H, C), mask=there, other=0.0)
                     query_factor = share if query_factor is None else query_factor * share
@@ -476,14 +470,14 @@ def dkv_kernel(
                 dphi = tl.dot(e.to(OT), phi_q, dphi, input_precision=PRECISION)
                 if not FACTORED:
                     moved = tl.where(group == 0, gate, 0.0)
-                    row_weight, keep, m = weigh(m, g + log_row, weighs, moved, TOP)
+                    row_weight, keep, m = weigh(m, g + log_row, weighs, moved, LOG)
                     phi_q = (phi_q.to(tl.float32) * row_weight[:, None]).to(OT)
                     R = R * keep
                     z = z * keep
                 R, z = join(R, z, phi_q, xdo, -row_delta, False, OT, PRECISION)
         elif DECAY:
             # What reads an earlier chunk stands further from it by this chunk's gates.
-            if TOP:
+            if LOG:
                 m += gate
             else:
                 R = R * exp(gate)

@@ -775,7 +775,8 @@ def attend_backward(
     want_state = start_given and (needs["state_kv"] or needs["state_k"])
     if o.far and ((keys and (s.segments > 1 or s.packed)) or want_state):
         skip = keys and not s.packed and not want_state
-        sums = _empty_parts(x, o, s, log=s.top)
+        logs = s.top and o.key_log
+        sums = _empty_parts(x, o, s, log=logs)
         columns, slices = tile(s.value_dim, c.fold_slice)
         launch(
             fold.fold_kernel, (s.kv_heads * slices, s.total - s.sequences if skip else s.total),
@@ -789,20 +790,18 @@ def attend_backward(
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
             BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=gap, SKIPPED=skip,
             PLACE=-1 if skip and s.segments == 2 else 0,
-            SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=s.top,
+            SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=logs,
             REVERSE=True, PACKED=s.packed,
             num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
         )  # fmt: skip
-        memory, end = _scan(sums, None, x, s, log=s.top, reverse=True, end=want_state)
+        memory, end = _scan(sums, None, x, s, log=logs, reverse=True, end=want_state)
     if want_state:
         assert end is not None
-        factor: Tensor | float = 1.0
-        if s.top:
+        grads["state_kv"], grads["state_k"] = end.kv, end.k
+        if s.top and o.key_log:
             log = end.m if x.state_m is None else end.m + x.state_m
-            factor = log.clamp(max=80.0).exp()
-            factor = torch.where(end.m > -1e29, factor, 0.0)
-        grads["state_kv"] = end.kv * (factor[..., None, None] if s.top else 1.0)  # type: ignore[index]
-        grads["state_k"] = end.k * (factor[..., None] if s.top else 1.0)  # type: ignore[index]
+            factor = torch.where(end.m > -1e29, log.clamp(max=80.0).exp(), 0.0)
+            grads["state_kv"], grads["state_k"] = end.kv * factor[..., None, None], end.k * factor[..., None]
 
     dlog_k = None
     if keys:
@@ -897,10 +896,10 @@ def _across(before: Memory, after: Memory, o: Options, s: _Shape) -> Tensor:
     Of the last segment of a sequence it means nothing.
     """
     total = (before.kv[1:] * after.kv[:-1]).sum((2, 3)) + (before.k[1:] * after.k[:-1]).sum(2)
-    if o.key_log:
+    if s.top and o.key_log:
         total *= (before.m[1:] + after.m[:-1]).clamp(max=80.0).exp()
-    elif s.top:
-        total *= after.m[:-1].clamp(max=80.0).exp()
+    elif o.key_log:
+        total *= before.m[1:].clamp(max=80.0).exp()
     return torch.cat([total, torch.zeros_like(total[:1])])
 
 
