@@ -227,17 +227,17 @@ def softmax(bench: Bench, case: Case, contender: str, seconds: float = 0.3) -> N
 def shapes(bench: Bench) -> None:
     for case in (*SHAPES, *RAW):
         bench.ours(case)
-    for case in (RAW[0], Case(8, 4096, head_dim=128, value_dim=128), RAW[1]):
+    wide = Case(8, 4096, head_dim=128, value_dim=128)
+    for case in (RAW[0], wide, RAW[1]):
         for contender in SDPA:
             softmax(bench, case, contender)
-        if case.length <= 4096:
-            bench.peer(case, FLEX, flex_work)
-    first, wide, long = SHAPES
-    for case, raw in ((first, RAW[0]), (long, RAW[1]), (wide, None)):
+    for case, raw in zip(SHAPES, (RAW[0], None, RAW[1]), strict=True):
         bench.peer(case, FLA_PLAIN, lambda c, x: fla_work(c, x, normalize=False))
         bench.peer(case, FLA, lambda c, x: fla_work(c, x, normalize=True), same=True)
         if raw is not None:
             bench.peer(raw, FLA_RAW, fla_raw_work)
+    for case in (RAW[0], wide):
+        bench.peer(case, FLEX, flex_work)
 
 
 def hybrid(bench: Bench) -> None:
