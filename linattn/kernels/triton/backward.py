@@ -16,7 +16,6 @@ from linattn.kernels.triton.device import (
     EMPTY,
     MIRRORED,
     PRODUCT,
-    ask_for_rows,
     column,
     differences,
     exp,
@@ -116,7 +115,6 @@ def dq_kernel(
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
     EXACT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,11 +165,6 @@ def dq_kernel(
         at = first + GAP  # its queries
         there = rows + GAP < length
         xdo = load_rows(do + stat * V, at, H * V, there, V, BV).to(OT)
-        if AHEAD > 0:
-            ask_for_rows(do + stat * V, at + AHEAD * C, H * V, length - 1, V, C)
-            if KEYS:
-                ask_for_rows(kf, first + AHEAD * C, kf_t, length - 1, BDF if BDF < DF else DF, C)
-                ask_for_rows(v, first + AHEAD * C, v_t, length - 1, V, C)
         row_delta = tl.load(column(delta + stat, at, H, C), mask=there, other=0.0)
         log_row = tl.zeros([C], tl.float32)
         if TOP:
@@ -302,7 +295,6 @@ def dkv_kernel(
     KLOG: tl.constexpr,
     TOP: tl.constexpr,
     EXACT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -382,13 +374,6 @@ def dkv_kernel(
         there = rows + GAP < length
         xk = load_rows(kf, first, kf_t, valid, DF, BDF)
         xv = load_rows(v, first, v_t, valid, V, BV).to(OT)
-        if AHEAD > 0:
-            ask_for_rows(kf, first - AHEAD * C, kf_t, length - 1, BDF if BDF < DF else DF, C)
-            ask_for_rows(v, first - AHEAD * C, v_t, length - 1, BV if BV < V else V, C)
-            if SINGLE:
-                ask_for_rows(qf + kv_head * qf_h, at - AHEAD * C, qf_t, length - 1, BDF if BDF < DF else DF, C)
-                heads_do = do + (origin * H + kv_head) * V + v_left
-                ask_for_rows(heads_do, at - AHEAD * C, H * V, length - 1, BV if BV < V else V, C)
         given_k = None
         if key_log is not None:
             given_k = tl.load(column(key_log, first, kv_heads, C), mask=valid, other=0.0)

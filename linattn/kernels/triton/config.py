@@ -49,7 +49,6 @@ class Config(NamedTuple):
         forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums; dq_slice: given
             features of one in dq; dkv_slice: given features or value columns of one in dkv, which then runs once for
             the features' gradient and once for the values'; 0 for all.
-        ahead: 1 to have the L2 cache fetch rows before a pipeline of so many stages asks for them.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -76,7 +75,6 @@ class Config(NamedTuple):
     fold_slice: int = 0
     dq_slice: int = 0
     dkv_slice: int = 0
-    ahead: int = 0
     programs: int = 256
     shortest: int = 256
     fixed: int = 512
@@ -374,8 +372,6 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
         if name.endswith("chunk"):
             good = value in (16, 32, 64, 128, 256) or (value == 0 and name in ("dkv_chunk", "near_chunk"))
             expected = "16, 32, 64, 128 or 256"
-        elif name == "ahead":
-            good, expected = value in (0, 1), "0 or 1"
         elif name.endswith("_slice"):
             good, expected = value in (0, 16, 32, 64, 128), "0, 16, 32, 64 or 128"
         elif name.endswith("_warps"):

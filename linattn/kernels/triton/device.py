@@ -128,24 +128,6 @@ def load_rows(base, first, stride, valid, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def ask_for_rows(base, first, stride, last, WIDTH: tl.constexpr, C: tl.constexpr):
-    """Have the L2 cache fetch the C rows from ``first``, which are read a chunk later; those in 0 … ``last`` count."""
-    if NVIDIA:
-        rows = tl.maximum(tl.minimum(first + tl.arange(0, C), last), 0)
-        pointers = base + rows.to(tl.int64) * stride
-        LINE: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
-        for j in tl.static_range((WIDTH + LINE - 1) // LINE):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-                "=r,l",
-                [(pointers + j * LINE).to(tl.int64)],
-                tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-
-
-@triton.jit
 def store_rows(base, first, stride, valid, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]

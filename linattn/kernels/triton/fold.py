@@ -11,7 +11,6 @@ import triton.language as tl
 
 from linattn.kernels.triton.device import (
     EMPTY,
-    ask_for_rows,
     column,
     empty_memory,
     exp,
@@ -48,7 +47,6 @@ def fold_kernel(
     GAP: tl.constexpr,
     SKIPPED: tl.constexpr,
     PLACE: tl.constexpr,
-    AHEAD: tl.constexpr,
     SINKS: tl.constexpr,
     ACT: tl.constexpr,
     LOW: tl.constexpr,
@@ -104,10 +102,6 @@ def fold_kernel(
             stat = origin * H + hx
             xs = load_rows(x + hx * x_h, at_x, x_t, valid, D, BD)
             ys = load_rows(y + hx * y_h, at_x, y_t, counts, V, BV)
-            if AHEAD > 0:
-                next_x = at_x - AHEAD * C if REVERSE else at_x + AHEAD * C
-                ask_for_rows(x + hx * x_h, next_x, x_t, length - 1, D, C)
-                ask_for_rows(y + hx * y_h, next_x, y_t, length - 1, BV if BV < V else V, C)
             given = None
             if log_scale is not None:
                 given = tl.load(column(log_scale + stat, at_x, H, C), mask=valid, other=0.0)

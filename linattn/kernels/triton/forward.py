@@ -11,7 +11,6 @@ import triton.language as tl
 
 from linattn.kernels.triton.device import (
     EMPTY,
-    ask_for_rows,
     column,
     differences,
     exp,
@@ -65,7 +64,6 @@ def attend_kernel(
     LOW: tl.constexpr,
     KLOG: tl.constexpr,
     EXACT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PACKED: tl.constexpr,
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,11 +123,6 @@ def attend_kernel(
         at = first + GAP  # its queries
         there = rows + GAP < length
         xq = load_rows(qf, at, qf_t, there, DF, BDF)
-        if AHEAD > 0:
-            ask_for_rows(qf, at + AHEAD * C, qf_t, length - 1, DF, C)
-            if KEYS:
-                ask_for_rows(kf, first + AHEAD * C, kf_t, length - 1, DF, C)
-                ask_for_rows(v, first + AHEAD * C, v_t, length - 1, BV if BV < V else V, C)
         given_q = None
         if query_log is not None:
             given_q = tl.load(column(query_log, at, H, C), mask=there, other=0.0)

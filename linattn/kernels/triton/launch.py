@@ -373,7 +373,6 @@ def _fold(
         o.norm, o.constant, s.length, s.segments, o.segment,
         H=s.kv_heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
         BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=0, SKIPPED=skip,
-            AHEAD=c.ahead * c.fold_stages,
         PLACE=1 if skip and s.segments == 2 and x.state_kv is None else 0,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
         REVERSE=False, PACKED=s.packed,
@@ -575,7 +574,7 @@ def final_memory_backward(
         None, None, None, None,
         dphi, dv, dlog if o.activation == "given" else None,
         o.norm, o.constant, s.length, s.segments, o.segment,
-        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, EXACT=False, AHEAD=0,
+        C=c.dkv_chunk or c.chunk, QUERIES=False, LAST_EMPTY=False, TOP=o.key_log, EXACT=False,
         **dims,
         num_warps=c.dkv_warps, num_stages=c.dkv_stages,
     )  # fmt: skip
@@ -641,8 +640,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
                 num, mass, log, far,
                 out, residual if rounds else None, top, rden, relative,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.chunk, EXACT=steep, AHEAD=c.ahead * c.forward_stages, KEYS=keys,
-                FIRST_EMPTY=keys and _starts_empty(x, s), **dims,
+                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), **dims,
                 num_warps=c.forward_warps, num_stages=c.forward_stages,
             )  # fmt: skip
     if near:
@@ -734,8 +732,7 @@ def attend_backward(
                 scaled, relative, delta, rden,
                 dphi, dlog_q if o.activation == "given" else None,
                 o.norm, o.constant, s.length, s.segments, o.segment,
-                C=c.chunk, EXACT=steep, AHEAD=c.ahead * c.dq_stages, KEYS=keys,
-                FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **dims,
+                C=c.chunk, EXACT=steep, KEYS=keys, FIRST_EMPTY=keys and _starts_empty(x, s), TOP=s.top, **dims,
                 num_warps=c.dq_warps, num_stages=c.dq_stages,
             )  # fmt: skip
         if not given:
@@ -792,7 +789,6 @@ def attend_backward(
             o.norm, o.constant, s.length, s.segments, o.segment,
             H=s.heads, G=s.heads // s.kv_heads, D=s.far_dim, F=o.features, V=s.value_dim,
             BD=block(s.far_dim), BF=block(o.features), BV=columns, C=c.fold_chunk, GAP=gap, SKIPPED=skip,
-            AHEAD=c.ahead * c.fold_stages,
             PLACE=-1 if skip and s.segments == 2 else 0,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=logs,
             REVERSE=True, PACKED=s.packed,
@@ -834,7 +830,7 @@ def attend_backward(
                     scaled, relative, delta, rden,
                     to_phi, to_v, dlog_k if o.activation == "given" else None,
                     o.norm, o.constant, s.length, s.segments, o.segment,
-                    C=c.dkv_chunk or c.chunk, EXACT=steep, AHEAD=c.ahead * c.dkv_stages, QUERIES=True,
+                    C=c.dkv_chunk or c.chunk, EXACT=steep, QUERIES=True,
                     LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **dims,
                     num_warps=c.dkv_warps, num_stages=c.dkv_stages,
                 )  # fmt: skip
