@@ -46,6 +46,9 @@ class Rows:
         found = [r for r in self.of(section) if (r["shape"], r["contender"]) == (shape, contender)]
         return found[-1] if found else None
 
+    def complete(self, section: str) -> bool:
+        return bool(self._sections.get(section, {}).get("complete"))
+
     def figure(self, section: str, shape: str, contender: str, name: str, what: str) -> float | None:
         row = self.find(section, shape, contender)
         return None if row is None or name not in row else row[name][what]
@@ -103,7 +106,7 @@ def other_bars(rows: Rows) -> Iterator[dict[str, Any]]:
     for name, head_dim in CROSSOVER_MAPS:
         case = Case(1, 1, head_dim, map=name)
         curves = [rows.curve("crossover", c, BOTH, "ms", head_dim) for c in (case.title, CUDNN)]
-        found = crossing(*curves)
+        found = crossing(*curves) if rows.complete("crossover") else None
         yield bar(5, f"{case.title} D{head_dim}: faster than cuDNN from, tokens", found, 2048)
     steps = {r["tokens"]: r["step"] for r in rows.of("decode") if "step" in r}
     counts = [r["launches"] for r in rows.of("decode") if r.get("launches")]
@@ -139,6 +142,8 @@ def crossing(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
 def crossings(rows: Rows) -> dict[str, dict[str, Any]]:
     """Of every map, pass and softmax kernel."""
     found: dict[str, dict[str, Any]] = {}
+    if not rows.complete("crossover"):
+        return found
     for (name, head_dim), window in itertools.product(CROSSOVER_MAPS, (0, WINDOW)):
         title = Case(1, 1, head_dim, map=name, window=window, sinks=SINKS if window else 0).title
         for contender, which in itertools.product(SDPA, (FORWARD, BOTH)):
