@@ -164,7 +164,7 @@ def _rows(call: Call) -> Rows:
     if call.mask is not None or (state is not None and state.recent_k.shape[1]):
         lay = layouts.build(call, 16)
         return Rows(lay.start, lay.base, lay.length - lay.base, lay.packed, False, lay)
-    asked = call.sinks or call.return_state or _positional(call)
+    asked = call.sinks > length or call.return_state or _positional(call)
     if call.causal and state is None and call.cu_seqlens is None and not asked:
         return NOWHERE
     base = torch.zeros(n, dtype=torch.int64, device=device) if state is None else state.length
@@ -371,8 +371,8 @@ class _NoMemory(NamedTuple):
 
 
 def _sinks(call: Call, r: Rows, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Keys and values ``[N, S, Hkv, ·]`` of each sequence's first tokens."""
-    if not call.sinks:
+    """Keys and values ``[N, S, Hkv, ·]`` of each sequence's first tokens; None where they are those of the rows."""
+    if not call.sinks or r is NOWHERE:
         return None, None
     at = torch.arange(call.sinks, device=k.device)
     found = [r.gather(x, at - r.base[:, None]) for x in (k, v)]

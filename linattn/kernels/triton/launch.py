@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
         query_weight, key_weight, query_bias, key_bias: as in :class:`linattn.kernels.protocols.Projected`.
         query_log, key_log: ``[B, T, H]``, ``[B, T, Hkv]`` float32 log-scales of given features.
         far_bias, sink_logits: ``[H]`` float32. decay: ``[B, T, Hkv]`` float32.
-        sink_k, sink_v: ``[N, S, Hkv, D | V]``.
+        sink_k, sink_v: ``[N, S, Hkv, D | V]``; None for the first of each row of k and v.
         state_kv, state_k, state_m: ``[N, Hkv, F, V]``, ``[N, Hkv, F]``, ``[N, Hkv]`` float32: the memory before each
             sequence, seen from its first token; without log-scales relative to one.
         starts: ``[N + 1]`` first slot of each packed sequence. lengths: ``[N (+ 1)]`` tokens. bases: ``[N (+ 1)]``
@@ -433,6 +433,13 @@ def _start(x: Inputs) -> Memory | None:
     return Memory(x.state_kv, x.state_k, x.state_m if x.state_m is not None else x.state_k)
 
 
+def with_sinks(x: Inputs, o: Options) -> Inputs:
+    """A call with its sinks beside its keys."""
+    if not o.sinks or x.sink_k is not None or x.k is None or x.v is None:
+        return x
+    return changed(x, sink_k=x.k[:, : o.sinks].contiguous(), sink_v=x.v[:, : o.sinks].contiguous())
+
+
 def featured(x: Inputs, o: Options, *, queries: bool = True) -> tuple[Inputs, Options]:
     """A call whose map is not fused, with its features given instead; of the keys alone without ``queries``.
 
@@ -598,7 +605,7 @@ def final_memory_backward(
 
 def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor, Stats]:
     """Output ``[B, T, H, V]`` and what the backward pass needs (if ``training``)."""
-    x, o = featured(x, o)
+    x, o = featured(with_sinks(x, o), o)
     s = shape_of(x, o)
     device, dtype = x.q.device, x.q.dtype
     out = torch.empty(s.batch, s.length, s.heads, s.value_dim, dtype=dtype, device=device)
@@ -663,6 +670,8 @@ def attend_backward(
     x: Inputs, o: Options, c: Config, out: Tensor, stats: Stats, dout: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor | None]:
     """Gradients by input name, for those that ``needs`` marks."""
+    own_sinks = o.sinks > 0 and x.sink_k is None
+    x = with_sinks(x, o)
     raw, map_ = x, o
     x, o = featured(x, o)
     s = shape_of(x, o)
@@ -850,9 +859,15 @@ def attend_backward(
                 dk, dv,
                 o.scale, o.softcap, s.length, s.segments, o.segment,
                 ADD_K=o.far and shared, ADD_V=o.far,
-                **(near_dims | {"num_stages": min(c.near_dkv_stages, 2 if s.head_dim <= 64 else 1)}),
+                **(near_dims | {"num_stages": c.near_dkv_stages if max(s.head_dim, s.value_dim) <= 64 else 1}),
             )  # fmt: skip
         grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
+        if own_sinks:
+            for name, like in (("k", k), ("v", v)):
+                found, share = grads[name], grads.pop(f"sink_{name}")
+                assert share is not None
+                grads[name] = found = torch.zeros_like(like) if found is None else found
+                found[:, : o.sinks] += share
 
     if dlog_q is not None:
         if needs["far_bias"]:
