@@ -223,7 +223,7 @@ def resolve(
         decay=decay,
         far_bias=far_bias,
         scale=scale,
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         sink_logits=sink_logits,
         causal=causal,
         mask=mask,

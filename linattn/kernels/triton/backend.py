@@ -262,8 +262,8 @@ def _map(
             found.activation,
             call.feature_dim,
             found.activation in ("exp", "product"),
-            found.norm,
-            found.constant,
+            float(found.norm),
+            float(found.constant),
             fused,
         )
     positions = at = None

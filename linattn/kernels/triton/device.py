@@ -10,6 +10,8 @@ from linattn.kernels.triton import runtime
 EMPTY = tl.constexpr(-1e30)
 """Log-weight of nothing, as linattn.state.EMPTY_LOG_SCALE."""
 FAR_FLOOR = tl.constexpr(1e-30)
+SMALLEST, LARGEST_SCALE = tl.constexpr(1e-38), tl.constexpr(87.0)
+"""The smallest mass, about, that float32 holds, and its logarithm without sign."""
 MASS_ROWS = tl.constexpr(16)
 """Rows of the tensor cores' smallest tile."""
 DENOMINATOR_FLOOR = tl.constexpr(1e-4)
@@ -489,7 +491,9 @@ def normalise(
     """
     new = top
     if FAR:
-        new = tl.maximum(new, log_far + tl.log(tl.maximum(tl.abs(mass), FAR_FLOOR)))
+        # Beside decay a mass may be small and its log-scale large; none has no say.
+        size = tl.abs(mass)
+        new = tl.maximum(new, tl.where(size > 0, log_far + tl.log(tl.maximum(size, SMALLEST)), EMPTY))
     if SINK_LOGIT:
         new = tl.maximum(new, sink_logit)
     new = tl.maximum(new, EMPTY / 2)
@@ -497,7 +501,7 @@ def normalise(
     acc = acc * keep[:, None]
     den = den * keep
     if FAR:
-        take = exp(log_far - new)
+        take = exp(tl.minimum(log_far - new, LARGEST_SCALE))
         acc += num * take[:, None]
         den += mass * take
     if SINK_LOGIT:

@@ -70,6 +70,12 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
     return body(*settings, *tensors)
 
 
+def forget() -> None:
+    """Drop all plans, as after a change of something that their keys do not hold."""
+    with _lock:
+        _plans.clear()
+
+
 def _is_watched() -> bool:
     """Whether somebody looks at the operations of a call, or stands in for them."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()

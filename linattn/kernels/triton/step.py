@@ -557,7 +557,8 @@ def _step(
     if window_block is None:
         window_block = min(triton.next_power_of_2(max(window, 1)), block // (max(bd, bv) * k.element_size()))
     weight_size = 4 if weights[0] is None else weights[0].element_size()
-    options = {"maxnreg": registers or REGISTERS.get(num_warps, 128)} if NVIDIA else {}
+    most = registers or REGISTERS.get(num_warps, 128)
+    options = {"maxnreg": min(most, 65536 // threads)} if NVIDIA else {}
     weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),

@@ -14,7 +14,7 @@ from linattn.kernels import AttentionOutput, kernel_attention, linear_attention
 from linattn.kernels.protocols import GivenFeatures
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from linattn.kernels.triton import backend, ops
+from linattn.kernels.triton import backend, launch, ops, plan
 from linattn.kernels.triton.config import Config, using
 from linattn.kernels.triton.launch import Inputs, Options, tile
 
@@ -251,3 +251,21 @@ def test_wide_values_go_in_slices() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, expected)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_a_row_without_far_mass_under_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in bfloat16, where a chunk may decay by exp(60) before its pairs are weighed one by one.
+    monkeypatch.setitem(launch.MILD, False, 60.0)
+    plan.forget()
+    q, k = torch.zeros(2, 1, 16, 1, 16)
+    q[..., 0] = 2.0
+    k[:, 1:, :, 0] = 2.0  # the first key, a sink, has no features and a logit of zero
+    v = torch.ones(1, 16, 1, 16)
+    options: dict[str, Any] = {"sinks": 1, "scale": 0.25, "decay": torch.full((1, 16, 1), -3.6)}
+    relu = make("relu", 16, num_heads=1)
+    for far_bias in (0.0, 25.0):
+        options["far_bias"] = torch.tensor([far_bias])
+        with using(Config(chunk=16, fold_chunk=16, near_chunk=16, programs=8, shortest=32)):
+            out = kernel_attention(q, k, v, feature_map=relu, window=0, impl="triton", **options).out
+        torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-5, atol=0)
+    plan.forget()
