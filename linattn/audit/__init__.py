@@ -1,5 +1,56 @@
-"""Does a converted model deserve its memory? Measurements on real text."""
+"""Does a converted model deserve its memory? Measurements on real text.
+
+Submodules that import transformers are loaded when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from linattn.audit.perplexity import Perplexity, perplexity
+from linattn.audit.positions import Bucket, PositionLosses, by_position, mean_over, position_losses, token_losses
 
-__all__ = ["Perplexity", "perplexity"]
+if TYPE_CHECKING:
+    from linattn.audit.ablations import attention_off, far_off, near_off
+    from linattn.audit.memory import StateBytes, cache_bytes, equal_bytes_control, equal_bytes_plan, state_bytes
+
+_HOME = {
+    "StateBytes": "memory",
+    "attention_off": "ablations",
+    "cache_bytes": "memory",
+    "equal_bytes_control": "memory",
+    "equal_bytes_plan": "memory",
+    "far_off": "ablations",
+    "near_off": "ablations",
+    "state_bytes": "memory",
+}
+
+__all__ = [
+    "Bucket",
+    "Perplexity",
+    "PositionLosses",
+    "StateBytes",
+    "attention_off",
+    "by_position",
+    "cache_bytes",
+    "equal_bytes_control",
+    "equal_bytes_plan",
+    "far_off",
+    "mean_over",
+    "near_off",
+    "perplexity",
+    "position_losses",
+    "state_bytes",
+    "token_losses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,181 @@
+"""The bytes a model's memory of a text takes, and the sliding window that takes as many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from linattn._modes import evaluating
+from linattn.audit.ablations import converted_layers, far_off
+from linattn.convert import ConversionPlan, LayerPlan, LinattnCacheLayer, convert_model, prepare_cache, revert_model
+from linattn.errors import OptionError, StateError
+from linattn.state import AttentionState
+
+PROBE = 32
+"""Tokens that a model is given to see what its cache holds of them."""
+
+
+class StateBytes(NamedTuple):
+    """Bytes that one sequence of ``length`` tokens leaves in the cache of a model.
+
+    Attributes:
+        linear: states of the converted layers, the same at every length.
+        softmax: keys and values of the layers kept softmax; of those with a sliding window, up to it.
+        length: tokens of the sequence.
+    """
+
+    linear: int
+    softmax: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.softmax
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "total": self.total}
+
+
+def cache_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes that a cache holds now: in states of converted layers, and in keys and values."""
+    linear = softmax = 0
+    for layer in cache.layers:
+        if isinstance(layer, LinattnCacheLayer):
+            linear += layer.nbytes
+        elif (keys := getattr(layer, "keys", None)) is not None:
+            softmax += sum(t.numel() * t.element_size() for t in (keys, layer.values))
+    return linear, softmax
+
+
+@torch.no_grad()
+def state_bytes(model: PreTrainedModel, length: int, *, probe: int = PROBE) -> StateBytes:
+    """Bytes of memory per sequence of ``length`` tokens, converted or not.
+
+    Measured from the cache that the model fills with ``probe`` tokens, and compared there with the formula: of a
+    converted layer, the tensors of an :class:`~linattn.AttentionState` of its sizes; of a softmax layer, the bytes of a
+    token's key and value times the tokens. The formula then gives the bytes at ``length``.
+
+    Args:
+        model: a causal model. length: tokens, ≥ 1.
+        probe: tokens to measure with; ``probe = length`` measures the very thing, at the price of reading so many.
+
+    Raises:
+        OptionError: ``length`` or ``probe`` < 1.
+        StateError: the cache does not hold what the formula says: the bytes at ``length`` would be a guess.
+    """
+    if length < 1 or probe < 1:
+        raise OptionError(f"length={length}, probe={probe}: expected both ≥ 1.")
+    cache = DynamicCache(config=model.config)
+    prepare_cache(model, cache)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        model(torch.zeros(1, probe, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
+    measured = cache_bytes(cache)
+    per_token, limits = [], []
+    for layer in cache.layers:
+        if isinstance(layer, LinattnCacheLayer) or getattr(layer, "keys", None) is None:
+            continue
+        held = [t for t in (layer.keys, layer.values) if t.shape[-2]]
+        per_token.append(sum(t.numel() * t.element_size() // t.shape[-2] for t in held))
+        # A sliding layer keeps what the next token sees besides itself.
+        limits.append(layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None)
+
+    def softmax(tokens: int) -> int:
+        each = zip(per_token, limits, strict=True)
+        return sum(size * (tokens if limit is None else min(tokens, limit)) for size, limit in each)
+
+    converted = any(isinstance(layer, LinattnCacheLayer) for layer in cache.layers)
+    expected = (_linear_bytes(model) if converted else 0, softmax(probe))
+    if measured != expected:
+        raise StateError(
+            f"After {probe} tokens the cache of {type(model).__name__} holds {measured[0]} bytes of states and "
+            f"{measured[1]} of keys and values, where {expected[0]} and {expected[1]} were expected; fill a cache with "
+            "as many tokens as you mean and measure it with cache_bytes."
+        )
+    return StateBytes(measured[0], softmax(length), length)
+
+
+def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> ConversionPlan:
+    """The conversion to sliding windows with sinks, and nothing else, that takes at most the student's bytes.
+
+    All converted layers have the student's sinks and one window: the largest with which their states take together no
+    more bytes than the student's. The layers that the student keeps softmax are kept, so that this holds for texts of
+    any length. Given a ``length``, they become windows too, and their keys and values of so many tokens count among the
+    bytes to spend. A layer with a sliding window of its own gets no larger one than that.
+
+    Carry the plan out on the teacher, in the student's dtype, and delete the far branch (:func:`far_off`), for which
+    the plan names a map without parameters; :func:`equal_bytes_control` does both.
+
+    Raises:
+        ConversionError: ``student`` is not converted.
+        OptionError: the student's states are smaller than those of windows of one token; ``length`` < 1.
+    """
+    if length is not None and length < 1:
+        raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1.")
+    budget, sinks = _linear_bytes(student), max(layer.sinks for layer in converted_layers(student))
+    plan = ConversionPlan.from_dict(student.config.linattn)
+    dtype = converted_layers(student)[0].far_bias.dtype
+    for layer in plan.kept if length else ():
+        if layer.supported and layer.native_window is None:
+            layer.kind, layer.reason, layer.sinks = "convert", "", sinks
+            budget += 2 * layer.kv_heads * layer.head_dim * dtype.itemsize * (length or 0)
+
+    def size(window: int) -> int:
+        return sum(_window_bytes(layer, window, dtype) for layer in plan.converted)
+
+    window = (budget - size(0)) // (size(1) - size(0))
+    if window < 1:
+        raise OptionError(f"student: its states take {budget} bytes, windows of one token {size(1)}: no control.")
+    for layer in plan.converted:
+        layer.feature_map, layer.feature_map_options, layer.decay = "elu", {}, None
+        layer.window = window if layer.native_window is None else min(window, layer.native_window)
+    return plan
+
+
+@contextlib.contextmanager
+def equal_bytes_control(
+    teacher: PreTrainedModel, student: PreTrainedModel, *, length: int | None = None
+) -> Iterator[PreTrainedModel]:
+    """``teacher`` as :func:`equal_bytes_plan` of ``student`` makes it, untrained, while the context lasts.
+
+    Raises:
+        ConversionError: ``teacher`` is converted, or no model like the one the student was made of.
+    """
+    control = convert_model(teacher, plan=equal_bytes_plan(student, length=length))
+    try:
+        with far_off(control):
+            yield control
+    finally:
+        revert_model(control)
+
+
+def _linear_bytes(model: nn.Module) -> int:
+    """Bytes of the states of the converted layers, by formula."""
+    total = 0
+    for layer in converted_layers(model):
+        phi = layer.feature_map
+        total += AttentionState.empty(
+            1,
+            num_kv_heads=phi.num_kv_heads,
+            feature_dim=phi.feature_dim if layer.far else 0,
+            head_dim=phi.head_dim,
+            window=layer.window,
+            sinks=layer.sinks,
+            decay=layer.far and layer.decay is not None,
+            dtype=layer.far_bias.dtype,
+            device="meta",
+        ).nbytes
+    return total
+
+
+def _window_bytes(layer: LayerPlan, window: int, dtype: torch.dtype) -> int:
+    """Bytes of the state of a sliding window with the sinks of ``layer``."""
+    sizes: dict[str, Any] = {"num_kv_heads": layer.kv_heads, "head_dim": layer.head_dim, "feature_dim": 0}
+    state = AttentionState.empty(1, **sizes, window=window, sinks=layer.sinks, dtype=dtype, device="meta")
+    return state.nbytes

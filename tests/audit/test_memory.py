@@ -1,0 +1,133 @@
+"""State bytes: counted by hand, measured from caches, and the window that takes as many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from linattn import convert_model
+from linattn.audit import equal_bytes_control, equal_bytes_plan, far_off, memory, state_bytes
+from linattn.convert import ConvertedAttention
+from linattn.errors import ConversionError, OptionError, StateError
+
+HEADS, DIM, LAYERS = 2, 8, 2  # key/value heads and their size, attention layers
+PAIR = 2 * HEADS * DIM * 4  # bytes of a token's key and value in a layer
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("length", [1, 32, 100])
+def test_softmax_keeps_every_key_and_value(llama, length):
+    assert state_bytes(llama(), length) == (0, LAYERS * PAIR * length, length)
+    assert state_bytes(llama().bfloat16(), length).total == LAYERS * PAIR * length // 2
+
+
+@pytest.mark.parametrize("decay", [None, "data"])
+def test_a_state_has_the_bytes_of_its_tensors(llama, decay):
+    model = convert_model(llama(), feature_map="elu", window=5, sinks=3, decay=decay)
+    features = 8
+    sums = HEADS * (features * DIM + features + 1) * 4  # kv, k, log-scale
+    want = LAYERS * (sums + 2 * 8 + (5 + 3) * PAIR + (0 if decay is None else 5 * HEADS * 4))
+    assert state_bytes(model, 10**6) == (want, 0, 10**6)
+    with far_off(model):
+        assert state_bytes(model, 10**6).linear == LAYERS * (HEADS * 4 + 2 * 8 + (5 + 3) * PAIR)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student", "hybrid", "half"])
+def test_the_formula_says_what_the_cache_holds_at_that_length(llama, kind):
+    model = llama()
+    if kind != "teacher":
+        convert_model(model, window=5, decay="fixed", keep_softmax=[1] if kind == "hybrid" else [])
+    if kind == "half":
+        model.bfloat16()
+    for length in (3, 77):
+        assert state_bytes(model, length) == state_bytes(model, length, probe=length)
+
+
+def test_a_layer_with_a_window_of_its_own_keeps_no_more_than_it():
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 12}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).eval()
+    assert [state_bytes(model, length).total for length in (5, 100)] == [2 * PAIR * 5, 2 * PAIR * 11]
+    assert state_bytes(model, 100) == state_bytes(model, 100, probe=100)
+
+
+def test_a_formula_that_is_off_is_not_believed(llama, monkeypatch):
+    model = convert_model(llama(), window=5)
+    monkeypatch.setattr(memory, "_linear_bytes", lambda model: 1000)
+    with pytest.raises(StateError, match="1000"):
+        state_bytes(model, 100)
+
+
+@pytest.mark.parametrize("options", [{"length": 0}, {"length": 5, "probe": 0}])
+def test_bad_lengths_are_refused(llama, options):
+    with pytest.raises(OptionError, match="length="):
+        state_bytes(llama(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [[], [0]])
+def test_the_control_has_the_largest_window_that_fits(llama, dtype, kept):
+    student = convert_model(llama().to(dtype), window=5, sinks=3, decay="fixed", keep_softmax=kept)
+    teacher = llama().to(dtype)
+    with equal_bytes_control(teacher, student) as control:
+        layers = [module for module in control.modules() if isinstance(module, ConvertedAttention)]
+        assert [(layer.window, layer.sinks) for layer in layers] == [(layers[0].window, 3)] * (LAYERS - len(kept))
+        for length in (50, 500):
+            got, budget = state_bytes(control, length), state_bytes(student, length)
+            assert got.softmax == budget.softmax
+            more = len(layers) * PAIR * dtype.itemsize // 4  # one token more in each window
+            assert got.linear <= budget.linear < got.linear + more
+    assert type(teacher) is transformers.LlamaForCausalLM
+
+
+def test_the_control_is_the_teacher_with_a_sliding_window(llama, windows):
+    student, teacher, ids = convert_model(llama(), window=5, sinks=0), llama(), windows()
+    window = equal_bytes_plan(student).layers[0].window
+    sliding = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**llama().config.to_dict() | {"model_type": "mistral", "sliding_window": window})
+    ).eval()
+    sliding.load_state_dict(teacher.state_dict())
+    before = logits(teacher, ids)
+    with equal_bytes_control(teacher, student) as control:
+        torch.testing.assert_close(logits(control, ids), logits(sliding, ids), rtol=1e-4, atol=1e-4)
+    assert 5 < window < ids.shape[1] - 5
+    assert not torch.allclose(logits(sliding, ids), before, atol=0.1)
+    assert torch.equal(logits(teacher, ids), before)
+
+
+def test_at_a_given_length_kept_layers_become_windows_too(llama):
+    student = convert_model(llama(), window=5, sinks=3, keep_softmax=[0])
+    with equal_bytes_control(llama(), student, length=200) as control:
+        got, budget = state_bytes(control, 200), state_bytes(student, 200)
+        assert got.softmax == 0
+        assert got.total <= budget.total < got.total + LAYERS * PAIR
+
+
+def test_the_teacher_is_given_back_after_an_exception(llama, windows):
+    teacher, ids = llama(), windows()
+    before = logits(teacher, ids)
+    with pytest.raises(KeyError), equal_bytes_control(teacher, convert_model(llama(), window=5)):
+        raise KeyError
+    assert type(teacher) is transformers.LlamaForCausalLM
+    assert torch.equal(logits(teacher, ids), before)
+
+
+def test_no_window_is_smaller_than_nothing(llama):
+    student = convert_model(llama(), feature_map="elu", window=0, sinks=0)
+    student.bfloat16()
+    assert equal_bytes_plan(student).layers[0].window > 0
+    with far_off(student), pytest.raises(OptionError, match="no control"):
+        equal_bytes_plan(student)
+
+
+def test_a_teacher_has_no_bytes_to_match(llama):
+    with pytest.raises(ConversionError, match="no converted layer"):
+        equal_bytes_plan(llama())
+    with pytest.raises(OptionError, match="length"):
+        equal_bytes_plan(convert_model(llama()), length=0)
