@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from linattn.audit.far_gain import FarGain, far_gain, gain_ratio, truncated_losses
 from linattn.audit.perplexity import Perplexity, perplexity
 from linattn.audit.positions import Bucket, PositionLosses, by_position, mean_over, position_losses, token_losses
 
@@ -28,6 +29,7 @@ _HOME = {
 
 __all__ = [
     "Bucket",
+    "FarGain",
     "Perplexity",
     "PositionLosses",
     "StateBytes",
@@ -36,13 +38,16 @@ __all__ = [
     "cache_bytes",
     "equal_bytes_control",
     "equal_bytes_plan",
+    "far_gain",
     "far_off",
+    "gain_ratio",
     "mean_over",
     "near_off",
     "perplexity",
     "position_losses",
     "state_bytes",
     "token_losses",
+    "truncated_losses",
 ]
 
 

@@ -45,6 +45,7 @@ class StateBytes(NamedTuple):
 def cache_bytes(cache: Cache) -> tuple[int, int]:
     """Bytes that a cache holds now: in states of converted layers, and in keys and values."""
     linear = softmax = 0
+    layer: Any
     for layer in cache.layers:
         if isinstance(layer, LinattnCacheLayer):
             linear += layer.nbytes
@@ -77,7 +78,9 @@ def state_bytes(model: PreTrainedModel, length: int, *, probe: int = PROBE) -> S
     with evaluating(model):
         model(torch.zeros(1, probe, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
     measured = cache_bytes(cache)
-    per_token, limits = [], []
+    layer: Any
+    per_token: list[int] = []
+    limits: list[int | None] = []
     for layer in cache.layers:
         if isinstance(layer, LinattnCacheLayer) or getattr(layer, "keys", None) is None:
             continue
