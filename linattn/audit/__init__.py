@@ -15,16 +15,19 @@ from linattn.audit.positions import Bucket, PositionLosses, by_position, mean_ov
 if TYPE_CHECKING:
     from linattn.audit.ablations import attention_off, far_off, near_off
     from linattn.audit.memory import StateBytes, cache_bytes, equal_bytes_control, equal_bytes_plan, state_bytes
+    from linattn.audit.report import audit_model, verdict
 
 _HOME = {
     "StateBytes": "memory",
     "attention_off": "ablations",
+    "audit_model": "report",
     "cache_bytes": "memory",
     "equal_bytes_control": "memory",
     "equal_bytes_plan": "memory",
     "far_off": "ablations",
     "near_off": "ablations",
     "state_bytes": "memory",
+    "verdict": "report",
 }
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "PositionLosses",
     "StateBytes",
     "attention_off",
+    "audit_model",
     "by_position",
     "cache_bytes",
     "equal_bytes_control",
@@ -48,6 +52,7 @@ __all__ = [
     "state_bytes",
     "token_losses",
     "truncated_losses",
+    "verdict",
 ]
 
 

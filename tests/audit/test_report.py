@@ -1,0 +1,158 @@
+"""The report: a model that uses its far branch is told from one that does not, whatever the numbers around it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from linattn import convert_model
+from linattn.audit import (
+    audit_model,
+    by_position,
+    equal_bytes_control,
+    far_gain,
+    far_off,
+    mean_over,
+    state_bytes,
+    token_losses,
+    verdict,
+)
+from linattn.audit.far_gain import FarGain
+from linattn.audit.positions import Bucket
+from linattn.convert import ConvertedAttention
+from linattn.distill import calibrate
+from linattn.errors import ConversionError, OptionError, ShapeError
+
+WINDOW, SINKS, LENGTH = 8, 2, 96
+EDGES = (0, 8, 32, 96)
+
+
+@pytest.fixture
+def text(llama):
+    """What the teacher itself writes: no other model can predict it better, on average."""
+    torch.manual_seed(1)
+    first = torch.ones(12, 1, dtype=torch.long)
+    return llama().generate(first, do_sample=True, top_k=0, max_new_tokens=LENGTH - 1, min_new_tokens=LENGTH - 1)
+
+
+@pytest.fixture
+def student(llama, text):
+    model = convert_model(llama(), window=WINDOW, sinks=SINKS)
+    calibrate(model, [text[:4]] * 30)
+    return model
+
+
+def shift_far_bias(model, change):
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ConvertedAttention):
+                module.far_bias.add_(change)
+
+
+def test_a_model_that_uses_its_far_branch_is_said_to(llama, text, student):
+    report = audit_model(llama(), student, text[4:], edges=EDGES)
+    assert report["verdict"][0].startswith("It uses its far branch")
+    assert "beats the untrained sliding window" in report["verdict"][1]
+    assert report["far_gain"]["ratio"] > 0.9
+    assert report["beyond_reach"]["far_branch"]["mean"] > 0.1
+
+
+def test_a_window_only_model_in_disguise_is_caught(llama, text, student):
+    shift_far_bias(student, -60)  # a far branch in name: it runs, and weighs nothing
+    report = audit_model(llama(), student, text[4:], edges=EDGES)
+    assert report["verdict"][0].startswith("It is a window-only model in disguise")
+    assert "loses to the untrained sliding window" in report["verdict"][1]
+    assert report["far_gain"]["ratio"] < 0.5  # what windows pass on from layer to layer
+    assert report["models"]["student"]["bytes"]["linear"] > 0
+
+
+def test_a_far_branch_that_harms_is_said_to(llama, text):
+    model = convert_model(llama(), feature_map="elu", window=40, sinks=SINKS)
+    shift_far_bias(model, 30)  # all weight on the mean of what is far
+    assert audit_model(llama(), model, text[4:], edges=EDGES)["verdict"][0].startswith("Its far branch harms")
+
+
+def test_it_reports_what_the_parts_measure(llama, text, student):
+    teacher, ids, reports = llama(), text[4:], []
+    progress = lambda *report: reports.append(report)  # noqa: E731
+    report = audit_model(teacher, student, ids, edges=EDGES, trained_control=student, stride=3, progress=progress)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert reports == [(done, 9) for done in range(1, 10)]
+    assert report["reach"] == WINDOW + SINKS
+    full = token_losses(student, ids)
+    with far_off(student):
+        window = token_losses(student, ids)
+        assert report["models"]["trained_control"] == {
+            **by_position(window, edges=EDGES).as_dict(),
+            "bytes": state_bytes(student, LENGTH).as_dict(),
+            "windows": [WINDOW] * 2,
+        }
+    assert report["models"]["student"]["buckets"] == by_position(full, edges=EDGES).as_dict()["buckets"]
+    assert report["models"]["far_off"] == by_position(window, edges=EDGES).as_dict()
+    assert report["beyond_reach"]["far_branch"] == mean_over(window - full, start=WINDOW + SINKS + 1).as_dict()
+    with equal_bytes_control(teacher, student) as control:
+        over = mean_over(token_losses(control, ids) - full, start=WINDOW + SINKS + 1)
+        assert report["models"]["control"]["bytes"] == state_bytes(control, LENGTH).as_dict()
+    assert report["beyond_reach"]["over_control"] == over.as_dict()
+    gain = far_gain(teacher, student, ids, context=WINDOW + SINKS, start=LENGTH // 2, stride=3)
+    assert report["far_gain"]["ratio"] == pytest.approx(gain.ratio)
+    assert report["far_gain"]["standard_error"] == pytest.approx(gain.standard_error)
+
+
+def test_the_models_are_left_as_they_were(llama, text, student):
+    teacher = llama().train()
+    audit_model(teacher, student, text[4:6, :40], edges=EDGES)
+    assert type(teacher) is type(llama())
+    assert teacher.training
+    torch.testing.assert_close(dict(teacher.state_dict()), dict(llama().state_dict()), rtol=0, atol=0)
+
+
+def buckets(**means: tuple[float, float]) -> dict[str, Bucket]:
+    rest = {"far_branch": (0.1, 0.01), "window_cost": (0.2, 0.01), "cost": (0.1, 0.01), "over_control": (0.1, 0.01)}
+    return {name: Bucket(11, 96, mean, error, 100, 5) for name, (mean, error) in (rest | means).items()}
+
+
+GAIN = FarGain(Bucket(48, 96, 0.4, 0.1, 100, 5), Bucket(48, 96, 0.1, 0.1, 100, 5), 0.25, 0.05, 10, 2)
+
+
+@pytest.mark.parametrize(
+    ("means", "sentence", "says"),
+    [
+        ({}, 0, "uses its far branch: without it, cross-entropy rises by 0.1000 ± 0.0100 nats beyond 10 tokens"),
+        ({"far_branch": (-0.1, 0.01)}, 0, "far branch harms: without it, cross-entropy falls by 0.1000"),
+        ({"far_branch": (0.01, 0.011)}, 0, "window-only model in disguise"),
+        ({"far_branch": (-0.01, 0.011)}, 0, "window-only model in disguise"),
+        ({"far_branch": (0.04, 0.06)}, 0, "this text cannot tell"),
+        ({"far_branch": (0.01, 0.02), "window_cost": (-0.1, 0.1)}, 0, "this text cannot tell"),
+        ({"over_control": (0.1, 0.2)}, 1, "ties with the untrained"),
+        ({"over_control": (-0.3, 0.2)}, 1, "loses to the untrained"),
+        ({"over_trained_control": (-0.3, 0.2)}, 2, "loses to the trained"),
+        ({"cost": (0.3, 0.2)}, 2, "loses 0.3000 ± 0.2000 nats against its teacher"),
+        ({"cost": (0.1, 0.2)}, 2, "loses no measurable"),
+        ({"cost": (-0.3, 0.2)}, 2, "gains 0.3000"),
+        ({}, 3, "From position 48 on, it gains 0.25 ± 0.05 of what its teacher gains"),
+    ],
+)
+def test_verdicts(means, sentence, says):
+    assert says in verdict(buckets(**means), GAIN)[sentence]
+
+
+def test_a_text_without_far_gain_is_said_to_be_one():
+    assert "teacher gains nothing" in verdict(buckets(), GAIN._replace(ratio=math.nan))[-1]
+
+
+def test_what_cannot_be_audited_is_refused(llama, windows):
+    student = convert_model(llama(), window=8, sinks=2)
+    with pytest.raises(ShapeError, match="got 1 windows of 40"):
+        audit_model(llama(), student, windows(1))
+    with pytest.raises(ShapeError, match="window \\+ sinks = 10"):
+        audit_model(llama(), student, windows(2, 11))
+    with pytest.raises(OptionError, match="start=9"):
+        audit_model(llama(), student, windows(2), start=9)
+    with pytest.raises(ConversionError, match="no converted layer"):
+        audit_model(llama(), llama(), windows(2))
+    with pytest.raises(ConversionError, match="converted already"):
+        audit_model(student, student, windows(2))
