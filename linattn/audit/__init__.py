@@ -14,7 +14,14 @@ from linattn.audit.positions import Bucket, PositionLosses, by_position, mean_ov
 
 if TYPE_CHECKING:
     from linattn.audit.ablations import attention_off, far_off, near_off
-    from linattn.audit.memory import StateBytes, cache_bytes, equal_bytes_control, equal_bytes_plan, state_bytes
+    from linattn.audit.memory import (
+        StateBytes,
+        cache_bytes,
+        cheaper_from,
+        equal_bytes_control,
+        equal_bytes_plan,
+        state_bytes,
+    )
     from linattn.audit.report import audit_model, verdict
 
 _HOME = {
@@ -22,6 +29,7 @@ _HOME = {
     "attention_off": "ablations",
     "audit_model": "report",
     "cache_bytes": "memory",
+    "cheaper_from": "memory",
     "equal_bytes_control": "memory",
     "equal_bytes_plan": "memory",
     "far_off": "ablations",
@@ -40,6 +48,7 @@ __all__ = [
     "audit_model",
     "by_position",
     "cache_bytes",
+    "cheaper_from",
     "equal_bytes_control",
     "equal_bytes_plan",
     "far_gain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from linattn.state import AttentionState
 
 PROBE = 32
 """Tokens that a model is given to see what its cache holds of them."""
+LONGEST = 2**30
+"""Tokens up to which a length is looked for."""
 
 
 class StateBytes(NamedTuple):
@@ -54,7 +57,6 @@ def cache_bytes(cache: Cache) -> tuple[int, int]:
     return linear, softmax
 
 
-@torch.no_grad()
 def state_bytes(model: PreTrainedModel, length: int, *, probe: int = PROBE) -> StateBytes:
     """Bytes of memory per sequence of ``length`` tokens, converted or not.
 
@@ -72,36 +74,60 @@ def state_bytes(model: PreTrainedModel, length: int, *, probe: int = PROBE) -> S
     """
     if length < 1 or probe < 1:
         raise OptionError(f"length={length}, probe={probe}: expected both ≥ 1.")
+    return _measured(model, probe).at(length)
+
+
+def cheaper_from(teacher: PreTrainedModel, student: PreTrainedModel) -> int | None:
+    """The length in tokens from which the student's memory takes fewer bytes than the teacher's; None if it never does.
+
+    Raises:
+        StateError: see :func:`state_bytes`.
+    """
+    a, b = _measured(student, PROBE), _measured(teacher, PROBE)
+    lengths = range(1, LONGEST + 1)
+    # What the teacher adds per token the student adds at most, so that there is one crossing.
+    first = bisect.bisect_left(lengths, True, key=lambda length: a.at(length).total < b.at(length).total)
+    return lengths[first] if first < len(lengths) else None
+
+
+class _Growth(NamedTuple):
+    """Bytes of a cache as a function of length: of the states, and per token of each softmax layer, up to its limit."""
+
+    linear: int
+    per_token: list[tuple[int, int | None]]
+
+    def at(self, length: int) -> StateBytes:
+        softmax = sum(size * (length if limit is None else min(length, limit)) for size, limit in self.per_token)
+        return StateBytes(self.linear, softmax, length)
+
+
+@torch.no_grad()
+def _measured(model: PreTrainedModel, probe: int) -> _Growth:
+    """How the cache of ``model`` grows, from what it holds after ``probe`` tokens, checked against the formula."""
     cache = DynamicCache(config=model.config)
     prepare_cache(model, cache)
     device = next(model.parameters()).device
     with evaluating(model):
         model(torch.zeros(1, probe, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
-    measured = cache_bytes(cache)
+    per_token: list[tuple[int, int | None]] = []
     layer: Any
-    per_token: list[int] = []
-    limits: list[int | None] = []
     for layer in cache.layers:
         if isinstance(layer, LinattnCacheLayer) or getattr(layer, "keys", None) is None:
             continue
         held = [t for t in (layer.keys, layer.values) if t.shape[-2]]
-        per_token.append(sum(t.numel() * t.element_size() // t.shape[-2] for t in held))
+        size = sum(t.numel() * t.element_size() // t.shape[-2] for t in held)
         # A sliding layer keeps what the next token sees besides itself.
-        limits.append(layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None)
-
-    def softmax(tokens: int) -> int:
-        each = zip(per_token, limits, strict=True)
-        return sum(size * (tokens if limit is None else min(tokens, limit)) for size, limit in each)
-
+        per_token.append((size, layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None))
     converted = any(isinstance(layer, LinattnCacheLayer) for layer in cache.layers)
-    expected = (_linear_bytes(model) if converted else 0, softmax(probe))
-    if measured != expected:
+    growth = _Growth(_linear_bytes(model) if converted else 0, per_token)
+    measured, (linear, softmax, _) = cache_bytes(cache), growth.at(probe)
+    if measured != (linear, softmax):
         raise StateError(
             f"After {probe} tokens the cache of {type(model).__name__} holds {measured[0]} bytes of states and "
-            f"{measured[1]} of keys and values, where {expected[0]} and {expected[1]} were expected; fill a cache with "
-            "as many tokens as you mean and measure it with cache_bytes."
+            f"{measured[1]} of keys and values, where {linear} and {softmax} were expected; fill a cache with as many "
+            "tokens as you mean and measure it with cache_bytes."
         )
-    return StateBytes(measured[0], softmax(length), length)
+    return growth
 
 
 def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> ConversionPlan:

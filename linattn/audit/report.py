@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from linattn.audit.ablations import attention_off, converted_layers, far_off, near_off
 from linattn.audit.far_gain import FarGain, gain_ratio, truncated_losses
-from linattn.audit.memory import equal_bytes_control, state_bytes
+from linattn.audit.memory import cheaper_from, equal_bytes_control, state_bytes
 from linattn.audit.positions import EDGES, Bucket, Progress, by_position, check_tokens, mean_over, token_losses
 from linattn.errors import OptionError, ShapeError
 
@@ -56,6 +56,7 @@ def audit_model(
         - ``beyond_reach``: means over the positions beyond ``reach``, of ``far_branch`` (far_off − student),
           ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control`` and
           ``over_trained_control`` (control − student).
+        - ``cheaper_from``: length from which the student's memory takes fewer bytes than the teacher's, or None.
         - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
 
     Raises:
@@ -121,17 +122,19 @@ def audit_model(
     if trained_control is not None:
         pairs["over_trained_control"] = ("trained_control", "student")
     beyond = {name: mean_over(losses[a] - losses[b], start=reach + 1) for name, (a, b) in pairs.items()}
+    cheaper = cheaper_from(teacher, student)
     return {
-        "verdict": verdict(beyond, gain),
+        "verdict": verdict(beyond, gain, cheaper),
         "reach": reach,
         "models": facts,
         "beyond_reach": {name: bucket.as_dict() for name, bucket in beyond.items()},
+        "cheaper_from": cheaper,
         "far_gain": gain.as_dict(),
     }
 
 
-def verdict(beyond: dict[str, Bucket], gain: FarGain) -> list[str]:
-    """What ``beyond_reach`` and ``far_gain`` of :func:`audit_model` mean, in sentences, the main one first.
+def verdict(beyond: dict[str, Bucket], gain: FarGain, cheaper: int | None) -> list[str]:
+    """Sentences that say what :func:`audit_model` found, the main one first.
 
     A difference counts when it is larger than its standard error. A far branch whose absence makes none that counts is
     a window in disguise, provided that the standard error would have shown the part ``RESOLUTION`` of what the window
@@ -175,6 +178,10 @@ def verdict(beyond: dict[str, Bucket], gain: FarGain) -> list[str]:
             f"From position {gain.teacher.start} on, its teacher gains nothing from text further back than "
             f"{gain.context} tokens: this text cannot tell how well distant text is used."
         )
+    if cheaper is None:
+        sentences.append("Its memory takes more bytes than its teacher's at any length.")
+    else:
+        sentences.append(f"Its memory takes fewer bytes than its teacher's from {cheaper} tokens on.")
     return sentences
 
 

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from linattn import convert_model
-from linattn.audit import equal_bytes_control, equal_bytes_plan, far_off, memory, state_bytes
+from linattn.audit import cheaper_from, equal_bytes_control, equal_bytes_plan, far_off, memory, state_bytes
 from linattn.convert import ConvertedAttention
 from linattn.errors import ConversionError, OptionError, StateError
 
@@ -47,6 +47,15 @@ def test_the_formula_says_what_the_cache_holds_at_that_length(llama, kind):
         model.bfloat16()
     for length in (3, 77):
         assert state_bytes(model, length) == state_bytes(model, length, probe=length)
+
+
+@pytest.mark.parametrize("kept", [[], [0]])
+def test_a_constant_memory_is_cheaper_from_some_length_on(llama, kept):
+    teacher, student = llama(), convert_model(llama(), window=5, decay="fixed", keep_softmax=kept)
+    length = cheaper_from(teacher, student)
+    assert state_bytes(student, length).total < state_bytes(teacher, length).total
+    assert state_bytes(student, length - 1).total >= state_bytes(teacher, length - 1).total
+    assert cheaper_from(teacher, teacher) is None
 
 
 def test_a_layer_with_a_window_of_its_own_keeps_no_more_than_it():

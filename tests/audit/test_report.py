@@ -12,6 +12,7 @@ from linattn import convert_model
 from linattn.audit import (
     audit_model,
     by_position,
+    cheaper_from,
     equal_bytes_control,
     far_gain,
     far_off,
@@ -81,6 +82,7 @@ def test_it_reports_what_the_parts_measure(llama, text, student):
     report = audit_model(teacher, student, ids, edges=EDGES, trained_control=student, stride=3, progress=progress)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert reports == [(done, 9) for done in range(1, 10)]
+    assert report["cheaper_from"] == cheaper_from(teacher, student)
     assert report["reach"] == WINDOW + SINKS
     full = token_losses(student, ids)
     with far_off(student):
@@ -133,15 +135,20 @@ GAIN = FarGain(Bucket(48, 96, 0.4, 0.1, 100, 5), Bucket(48, 96, 0.1, 0.1, 100, 5
         ({"cost": (0.3, 0.2)}, 2, "loses 0.3000 ± 0.2000 nats against its teacher"),
         ({"cost": (0.1, 0.2)}, 2, "loses no measurable"),
         ({"cost": (-0.3, 0.2)}, 2, "gains 0.3000"),
+        ({}, 4, "fewer bytes than its teacher's from 77 tokens on"),
         ({}, 3, "From position 48 on, it gains 0.25 ± 0.05 of what its teacher gains"),
     ],
 )
 def test_verdicts(means, sentence, says):
-    assert says in verdict(buckets(**means), GAIN)[sentence]
+    assert says in verdict(buckets(**means), GAIN, 77)[sentence]
 
 
 def test_a_text_without_far_gain_is_said_to_be_one():
-    assert "teacher gains nothing" in verdict(buckets(), GAIN._replace(ratio=math.nan))[-1]
+    assert "teacher gains nothing" in verdict(buckets(), GAIN._replace(ratio=math.nan), 77)[-2]
+
+
+def test_a_memory_that_never_pays_is_said_to():
+    assert "more bytes than its teacher's at any length" in verdict(buckets(), GAIN, None)[-1]
 
 
 def test_what_cannot_be_audited_is_refused(llama, windows):
