@@ -55,7 +55,7 @@ def audit_model(
           (:class:`StateBytes`) at T tokens. ``windows`` of a control: tokens in the window of each converted layer.
         - ``beyond_reach``: means over the positions beyond ``reach``, of ``far_branch`` (far_off − student),
           ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control`` and
-          ``over_trained_control`` (control − student).
+          ``over_trained_control`` (control − student). ``differences``: the same by position.
         - ``cheaper_from``: length from which the student's memory takes fewer bytes than the teacher's, or None.
         - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
 
@@ -121,13 +121,15 @@ def audit_model(
     }
     if trained_control is not None:
         pairs["over_trained_control"] = ("trained_control", "student")
-    beyond = {name: mean_over(losses[a] - losses[b], start=reach + 1) for name, (a, b) in pairs.items()}
+    differences = {name: losses[a] - losses[b] for name, (a, b) in pairs.items()}
+    beyond = {name: mean_over(values, start=reach + 1) for name, values in differences.items()}
     cheaper = cheaper_from(teacher, student)
     return {
         "verdict": verdict(beyond, gain, cheaper),
         "reach": reach,
         "models": facts,
         "beyond_reach": {name: bucket.as_dict() for name, bucket in beyond.items()},
+        "differences": {name: by_position(values, edges=edges).as_dict() for name, values in differences.items()},
         "cheaper_from": cheaper,
         "far_gain": gain.as_dict(),
     }

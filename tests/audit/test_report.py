@@ -95,6 +95,8 @@ def test_it_reports_what_the_parts_measure(llama, text, student):
     assert report["models"]["student"]["buckets"] == by_position(full, edges=EDGES).as_dict()["buckets"]
     assert report["models"]["far_off"] == by_position(window, edges=EDGES).as_dict()
     assert report["beyond_reach"]["far_branch"] == mean_over(window - full, start=WINDOW + SINKS + 1).as_dict()
+    assert report["differences"]["far_branch"] == by_position(window - full, edges=EDGES).as_dict()
+    assert report["differences"].keys() == report["beyond_reach"].keys()
     with equal_bytes_control(teacher, student) as control:
         over = mean_over(token_losses(control, ids) - full, start=WINDOW + SINKS + 1)
         assert report["models"]["control"]["bytes"] == state_bytes(control, LENGTH).as_dict()
