@@ -320,7 +320,7 @@ def dkv_kernel(
     LOG: tl.constexpr = (
         TOP and KLOG
     )  # else far weights have the scale of rows, and no memory leaves the range of numbers
-    SINGLE: tl.constexpr = QUERIES and G == 1  # one query head: what needs most registers comes last
+    SINGLE: tl.constexpr = QUERIES and G == 1 and C > 32  # one query head: what needs most registers comes last
     key_stat = origin * kv_heads + kv_head
     if key_log is not None:
         key_log += key_stat

@@ -49,6 +49,8 @@ class Config(NamedTuple):
         forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums; dq_slice: given
             features of one in dq; dkv_slice: given features or value columns of one in dkv, which then runs once for
             the features' gradient and once for the values'; 0 for all.
+        fold_registers, near_registers, near_dkv_registers, map_registers: of a thread, at most, so that more programs
+            run side by side; 0 for as many as the compiler takes.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
         shortest: tokens of the shortest segment worth its memory.
@@ -75,6 +77,10 @@ class Config(NamedTuple):
     fold_slice: int = 0
     dq_slice: int = 0
     dkv_slice: int = 0
+    fold_registers: int = 0
+    near_registers: int = 0
+    near_dkv_registers: int = 0
+    map_registers: int = 0
     programs: int = 256
     shortest: int = 256
     fixed: int = 512
@@ -374,6 +380,8 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
             expected = "16, 32, 64, 128 or 256"
         elif name.endswith("_slice"):
             good, expected = value in (0, 16, 32, 64, 128), "0, 16, 32, 64 or 128"
+        elif name.endswith("_registers"):
+            good, expected = value == 0 or 32 <= value <= 255, "0, or 32 to 255"
         elif name.endswith("_warps"):
             good, expected = value in (1, 2, 4, 8, 16, 32), "1, 2, 4, 8, 16 or 32"
         else:

@@ -10,7 +10,7 @@ from linattn.kernels.triton import runtime
 EMPTY = tl.constexpr(-1e30)
 """Log-weight of nothing, as linattn.state.EMPTY_LOG_SCALE."""
 FAR_FLOOR = tl.constexpr(1e-30)
-SMALLEST, LARGEST_SCALE = tl.constexpr(1e-38), tl.constexpr(87.0)
+SMALLEST, LARGEST_SCALE = tl.constexpr(1.2e-38), tl.constexpr(87.0)
 """The smallest mass, about, that float32 holds, and its logarithm without sign."""
 MASS_ROWS = tl.constexpr(16)
 """Rows of the tensor cores' smallest tile."""

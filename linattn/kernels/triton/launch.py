@@ -285,6 +285,7 @@ def _near_dims(s: _Shape, o: Options, c: Config, dtype: torch.dtype, tf32: bool)
         "C": near_chunk(c),
         "num_warps": c.near_warps if widest <= 128 else 8,
         "num_stages": c.near_stages if widest <= 64 else 1,
+        "registers": c.near_registers,
         **precision(dtype, tf32),
     }
 
@@ -376,7 +377,8 @@ def _fold(
         PLACE=1 if skip and s.segments == 2 and x.state_kv is None else 0,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
         REVERSE=False, PACKED=s.packed,
-        num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype, _tf32()),
+        num_warps=c.fold_warps, num_stages=c.fold_stages, registers=c.fold_registers,
+        **precision(x.q.dtype, _tf32()),
     )  # fmt: skip
     return parts
 
@@ -801,7 +803,8 @@ def attend_backward(
             PLACE=-1 if skip and s.segments == 2 else 0,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=logs,
             REVERSE=True, PACKED=s.packed,
-            num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
+            num_warps=c.fold_warps, num_stages=c.fold_stages, registers=c.fold_registers,
+            **precision(dtype, tf32),
         )  # fmt: skip
         memory, end = _scan(sums, None, x, s, log=logs, reverse=True, end=want_state)
     if want_state:
@@ -859,7 +862,10 @@ def attend_backward(
                 dk, dv,
                 o.scale, o.softcap, s.length, s.segments, o.segment,
                 ADD_K=o.far and shared, ADD_V=o.far,
-                **(near_dims | {"num_stages": c.near_dkv_stages if max(s.head_dim, s.value_dim) <= 64 else 1}),
+                **near_dims | {
+                    "num_stages": c.near_dkv_stages if max(s.head_dim, s.value_dim) <= 64 else 1,
+                    "registers": c.near_dkv_registers,
+                },
             )  # fmt: skip
         grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
         if own_sinks:
@@ -967,7 +973,7 @@ def _through_map(
         H=heads, D=dim, F=o.features, BD=block(dim), BF=block(o.features),
         C=MAP_CHUNK if narrow else WIDE_MAP_CHUNK,
         ACT=ACTIVATIONS[o.activation], LOW=_is_wider(weight, x.dtype), **precision(x.dtype, _tf32()),
-        num_warps=8 if lone else 4, num_stages=c.map_stages if narrow else 1,
+        num_warps=8 if lone else 4, num_stages=c.map_stages if narrow else 1, registers=0 if lone else c.map_registers,
     )  # fmt: skip
     return (
         dx,

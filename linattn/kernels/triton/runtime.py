@@ -30,25 +30,36 @@ local = _Local()
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    registers: int = 0,
+    **constants: Any,
 ) -> None:
     """Start ``kernel`` on ``grid`` with ``args``, then ``constants`` for its last parameters.
+
+    ``registers``: of a thread, at most, on NVIDIA's chips; 0 for as many as the compiler takes.
 
     Triton describes every argument of every call by name to find what it compiled, which for a kernel of eighty of them
     takes longer than a small kernel runs. Here what it may have specialised on is the key itself: tensors count by
     dtype and alignment, everything else by value. The first argument is a tensor.
     """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if registers and NVIDIA:
+        options["maxnreg"] = registers
     recorder = local.recorder
     if recorder is None:
-        _launch(kernel, grid, args, num_warps, num_stages, constants)
+        _launch(kernel, grid, args, options, constants)
         return
     recorder.rests = True
     try:
-        found = _launch(kernel, grid, args, num_warps, num_stages, constants)
+        found = _launch(kernel, grid, args, options, constants)
     finally:
         recorder.rests = False
     if found is None:
-        start = functools.partial(kernel[grid], num_warps=num_warps, num_stages=num_stages, **constants)
+        start = functools.partial(kernel[grid], **options, **constants)
         recorder.launched(start, None, args)
     else:
         recorder.launched(found, grid, (*args, *_rest(kernel, args, constants)))
@@ -62,16 +73,15 @@ def _launch(
     kernel: Any,
     grid: tuple[int, ...],
     args: tuple[Any, ...],
-    num_warps: int,
-    num_stages: int,
+    options: dict[str, int],
     constants: dict[str, Any],
 ) -> Any:
     """The compiled kernel that was started; None where it takes tensors and finds out for itself."""
     if not NVIDIA:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*args, **options, **constants)
         return None
     rest = _rest(kernel, args, constants)
-    key: list[Any] = [kernel, args[0].get_device(), num_warps, num_stages, rest]
+    key: list[Any] = [kernel, args[0].get_device(), *options.values(), rest]
     values: list[Any] = []
     for arg in args:
         if isinstance(arg, Tensor):
@@ -85,7 +95,7 @@ def _launch(
     if found is not None:
         found[(*grid, 1, 1)[:3]](*values, *rest)
         return found
-    found = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    found = kernel[grid](*args, **options, **constants)
     if not hasattr(found, "run"):
         return None
     if len(_compiled) >= _MOST:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -269,3 +271,14 @@ def test_a_row_without_far_mass_under_decay(monkeypatch: pytest.MonkeyPatch) -> 
             out = kernel_attention(q, k, v, feature_map=relu, window=0, impl="triton", **options).out
         torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-5, atol=0)
     plan.forget()
+
+
+@pytest.mark.parametrize("module", ["backward", "device", "fold", "forward", "step", "window"])
+def test_constants_are_float32(module: str) -> None:
+    """Triton takes a constant beyond float32's normal numbers for a double, and all that it meets; not interpreted."""
+    path = Path(launch.__file__).with_name(f"{module}.py")
+    found = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    limits = torch.finfo(torch.float32)
+    wide = [x for x in found if isinstance(x, float) and x and not limits.tiny <= abs(x) <= limits.max]
+    assert any(isinstance(x, float) for x in found)
+    assert wide == []
