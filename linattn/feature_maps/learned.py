@@ -115,7 +115,7 @@ class Hedgehog(LearnedMap):
         return Features(mirrored.flatten(-2).softmax(-1).to(x.dtype))
 
     def projected(self) -> Projected:
-        return Projected("softmax", self.query["weight"][None], self.key["weight"][None], mirrored=True)
+        return Projected("softmax", self.query["weight"], self.key["weight"], mirrored=True)
 
 
 @register
@@ -164,7 +164,7 @@ class T2R(LearnedMap):
 
     def projected(self) -> Projected:
         query, key = self.query, self.key
-        return Projected("relu", query["weight"][None], key["weight"][None], query["bias"][None], key["bias"][None])
+        return Projected("relu", query["weight"], key["weight"], query["bias"], key["bias"])
 
     def options(self) -> dict[str, Any]:
         return {"num_features": self.num_features}
@@ -337,10 +337,10 @@ class Exponential(LearnedMap):
         root, (query, key) = math.sqrt(self.scale), (self.query, self.key)
         return Projected(
             "exp",
-            query["weight"][None].float() * root,
-            key["weight"][None].float() * root,
-            query["bias"][None],
-            key["bias"][None],
+            query["weight"].float() * root,
+            key["weight"].float() * root,
+            query["bias"],
+            key["bias"],
             norm=0.5 * self.scale,
             constant=-0.5 * math.log(self.num_features),
         )

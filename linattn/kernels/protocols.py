@@ -16,7 +16,8 @@ class Projected(NamedTuple):
     Attributes:
         activation: the function of the projection, or of x itself without weights.
         query_weight: ``[parts, H | 1, D, F]`` or None. key_weight: ``[parts, Hkv | 1, D, F]`` or None.
-        query_bias: ``[parts, H | 1, F]`` or None. key_bias: ``[parts, Hkv | 1, F]`` or None.
+        query_bias: ``[parts, H | 1, F]`` or None. key_bias: ``[parts, Hkv | 1, F]`` or None. All of them without
+            ``parts`` where that is one.
         norm, constant: of ``exp``.
         mirrored: the weights are the first half of the projection; the second is their negative.
     """

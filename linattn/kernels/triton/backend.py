@@ -21,7 +21,7 @@ from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
 from linattn.kernels.triton import ops, step
 from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens, stands_alone
-from linattn.kernels.triton.launch import NARROWEST, Inputs, Memory, Options, block, changed, rows
+from linattn.kernels.triton.launch import NARROWEST, Inputs, Memory, Options, block, changed, parts_of, rows
 from linattn.kernels.triton.runtime import INTERPRETED
 from linattn.kernels.validate import Call
 from linattn.state import EMPTY_LOG_SCALE, AttentionState
@@ -290,7 +290,7 @@ def _fuses(call: Call, found: Projected) -> bool:
     """Whether the kernels compute the map: its projections must fit, and keep the precision of the inputs."""
     if found.query_weight is None:
         return block(call.feature_dim) <= 256
-    parts, _, dim, columns = found.query_weight.shape
+    parts, (dim, columns) = parts_of(found.query_weight), found.query_weight.shape[-2:]
     dtype = call.q.dtype
     if dtype == torch.float16 and found.activation == "exp":
         return False  # tf32 rounds its exponents by more than float16 rounds its values
@@ -302,7 +302,7 @@ def _stands_alone(call: Call, found: Projected) -> bool:
     """Whether a kernel of its own computes a map that does not fuse, no less precisely than torch would."""
     if found.query_weight is None or found.key_weight is None:
         return False
-    parts, _, dim, columns = found.query_weight.shape
+    parts, (dim, columns) = parts_of(found.query_weight), found.query_weight.shape[-2:]
     dtype = call.q.dtype
     small = dtype == torch.bfloat16 or (dtype == torch.float16 and block(dim) * block(columns) <= 64 * 64)
     trained = found.query_weight.requires_grad or found.key_weight.requires_grad

@@ -561,6 +561,22 @@ def map_kernel(
 
 
 @triton.jit
+def sum_kernel(shares, out, rows, heads, parts, numbers, R: tl.constexpr, BLOCK: tl.constexpr):
+    """``out [parts, heads, numbers]`` from ``shares [rows, heads, parts, numbers]``."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < numbers
+    head = tl.program_id(1) // parts
+    part = tl.program_id(1) % parts
+    shares += (head * parts + part) * numbers + at[None, :]
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, rows, R):
+        row = first + tl.arange(0, R)
+        pointers = shares + row.to(tl.int64)[:, None] * (heads * parts * numbers)
+        total += tl.sum(tl.load(pointers, mask=(row < rows)[:, None] & there[None, :], other=0.0), 0)
+    tl.store(out + (part * heads + head) * numbers + at, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def load_terms(d, slots, valid, head, heads, G: tl.constexpr):
     """``d [B, T, heads · G]`` of one head at ``slots``, summed over its G."""
     x = tl.zeros([slots.shape[0]], tl.float32)

@@ -152,6 +152,7 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 LAG_BLOCK = 256
 GATE_BLOCK = 1024
+SUM_BLOCK, SUM_ROWS = 64, 32
 MAP_CHUNK = 16 if INTERPRETED else 64
 WIDE_MAP_CHUNK = 16 if INTERPRETED else 32
 MAP_PROGRAMS = 1024
@@ -299,8 +300,14 @@ def _tables(x: Inputs) -> tuple[Tensor | None, ...]:
 
 
 def _heads_of(weight: Tensor | None, bias: Tensor | None) -> int:
-    found = weight if weight is not None else bias
-    return 1 if found is None else found.shape[1]
+    if weight is not None:
+        return weight.shape[-3]
+    return 1 if bias is None else bias.shape[-2]
+
+
+def parts_of(weight: Tensor) -> int:
+    """Projections that are multiplied: the dimension may be left out for one."""
+    return weight.shape[0] if weight.dim() > 3 else 1
 
 
 def _is_wider(weight: Tensor | None, dtype: torch.dtype) -> bool:
@@ -488,7 +495,7 @@ def _spans(batch: int, length: int, heads: int, programs: int) -> tuple[int, int
 
 def _is_narrow(x: Tensor, weight: Tensor | None) -> bool:
     """Whether projections of MAP_CHUNK rows fit the registers."""
-    return weight is None or (x.dtype == torch.bfloat16 and weight.shape[0] == 1 and block(weight.shape[-1]) <= 128)
+    return weight is None or (x.dtype == torch.bfloat16 and parts_of(weight) == 1 and block(weight.shape[-1]) <= 128)
 
 
 def memory_before(x: Inputs, o: Options, c: Config, gates: _Gates | None = None) -> Memory:
@@ -902,13 +909,18 @@ def _sum_chunks(d: Tensor, x: Inputs, s: _Shape, like: Tensor) -> Tensor:
     return d.transpose(1, 2).to(like.dtype)
 
 
-def _sum_heads(d: Tensor, heads: int, like: Tensor | None) -> Tensor:
-    """Shares ``[segments, H, parts, ...]`` of a map's gradient to ``[parts, heads, ...]``."""
+def _sum_shares(shares: Tensor, heads: int, like: Tensor | None) -> Tensor:
+    """Programs' shares ``[programs, H, parts, ...]`` of the gradient of a map's ``like [parts, heads, ...]``."""
     assert like is not None
-    d = d.sum(0)
-    if heads == 1:
-        d = d.sum(0, keepdim=True)
-    return d.transpose(0, 1).to(like.dtype)
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    programs, head_count, parts = shares.shape[:3]
+    numbers = like.numel() // (parts * heads)
+    launch(
+        backward.sum_kernel, (-(-numbers // SUM_BLOCK), parts * heads),
+        shares, out, programs * (head_count // heads), heads, parts, numbers,
+        R=SUM_ROWS, BLOCK=SUM_BLOCK,
+    )  # fmt: skip
+    return out
 
 
 def _across(before: Memory, after: Memory, o: Options, s: _Shape) -> Tensor:
@@ -961,9 +973,10 @@ def _through_map(
     spans, span = _spans(batch, length, heads, LONE_PROGRAMS if lone else MAP_PROGRAMS)
     dw = dc = None
     if weight is not None and (needs[names[0]] or needs[names[1]]):
-        dw = torch.empty(batch * spans, heads, weight.shape[0], *weight.shape[2:], dtype=torch.float32, device=x.device)
+        shares = (batch * spans, heads, parts_of(weight))
+        dw = torch.empty(*shares, *weight.shape[-2:], dtype=torch.float32, device=x.device)
         if bias is not None:
-            dc = dw.new_empty(*dw.shape[:3], weight.shape[-1])
+            dc = dw.new_empty(*shares, weight.shape[-1])
     count = _heads_of(weight, bias)
     launch(
         backward.map_kernel, (heads, batch * spans),
@@ -977,8 +990,8 @@ def _through_map(
     )  # fmt: skip
     return (
         dx,
-        None if dw is None else _sum_heads(dw, count, weight),
-        None if dc is None else _sum_heads(dc, count, bias),
+        None if dw is None else _sum_shares(dw, count, weight),
+        None if dc is None else _sum_shares(dc, count, bias),
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from linattn.errors import UnsupportedError
 from linattn.kernels.triton import launch, plan
 from linattn.kernels.triton.config import Config
-from linattn.kernels.triton.launch import FIRST_TABLE, Inputs, Memory, Options, Stats
+from linattn.kernels.triton.launch import Inputs, Memory, Options, Stats
 
 COUNT = len(Inputs._fields)
 _PER_TOKEN = ("q", "k", "v", "q_far", "k_far", "query_log", "key_log")
@@ -27,11 +27,13 @@ def attend(x: Inputs, o: Options, c: Config) -> Tensor:
     """Attention ``[B, T, H, V]``, differentiable by every floating point input."""
     if torch.compiler.is_compiling():
         return _call(torch.ops.linattn.attend, x, o, c)[0]
-    if not _differentiable(x):
-        return plan.run(_attended, (o, c), x)[0]  # type: ignore[return-value]
+    names = tuple([n for n, t in zip(Inputs._fields, x, strict=True) if t is not None])
+    given = [t for t in x if t is not None]
+    if not (torch.is_grad_enabled() and any([t.requires_grad for t in given])):
+        return plan.run(_attended, (o, c, names), given)[0]  # type: ignore[return-value]
     if torch._C._are_functorch_transforms_active():
         return _Attend.apply(o, c, *x)[0]
-    return _AttendEagerly.apply(o, c, *x)
+    return _AttendEagerly.apply((o, c, names), *given)
 
 
 def attend_both_ways(x: Inputs, reverse: Tensor, o: Options, c: Config) -> Tensor:
@@ -49,10 +51,6 @@ def final_memory(x: Inputs, o: Options, c: Config) -> Memory:
     if torch.compiler.is_compiling():
         return Memory(*_call(torch.ops.linattn.final_memory, x, o, c)[:3])
     return Memory(*_Fold.apply(o, c, *x)[:3])
-
-
-def _differentiable(x: Inputs) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x[:FIRST_TABLE])
 
 
 def _needs(needs: tuple[bool, ...]) -> dict[str, bool]:
@@ -122,43 +120,55 @@ class _Attend(torch.autograd.Function):
 
 
 class _AttendEagerly(torch.autograd.Function):
-    """:class:`_Attend` outside transforms of torch.func, which is where statistics need not be outputs."""
+    """:class:`_Attend` outside transforms of torch.func, which is where statistics need not be outputs.
+
+    ``tensors``: those inputs that are there; ``settings``: options, config and the names of these inputs.
+    """
 
     @staticmethod
-    def forward(ctx: Any, o: Options, c: Config, *tensors: Tensor | None) -> Tensor:
-        out, *stats = plan.run(_attended_training, (o, c), tensors)
-        ctx.settings = o, c
+    def forward(ctx: Any, settings: tuple[Options, Config, tuple[str, ...]], *tensors: Tensor) -> Tensor:
+        out, *stats = plan.run(_attended_training, settings, tensors)
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, *stats)
         return out  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad[1:]
         if dout is None:
-            return (None,) * (COUNT + 2)
-        settings = *ctx.settings, ctx.needs_input_grad[2:]
+            return (None,) * (len(wanted) + 1)
+        settings = *ctx.settings, wanted
 
         def run(*tensors: Tensor | None) -> Any:
             return plan.run(_attended_backward, settings, tensors)
 
-        return None, None, *_once(run, dout, ctx.saved_tensors)
+        return None, *_once(run, dout, ctx.saved_tensors)
 
 
-def _attended(o: Options, c: Config, *tensors: Any) -> tuple[Tensor]:
-    return (launch.attend(Inputs(*tensors), o, c, training=False)[0],)
+def _inputs(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Inputs:
+    found: dict[str, Any] = dict(zip(names, tensors, strict=True))
+    return Inputs(**found)
 
 
-def _attended_training(o: Options, c: Config, *tensors: Any) -> tuple[Tensor | None, ...]:
-    out, stats = launch.attend(Inputs(*tensors), o, c, training=True)
+def _attended(o: Options, c: Config, names: tuple[str, ...], *tensors: Any) -> tuple[Tensor]:
+    return (launch.attend(_inputs(names, tensors), o, c, training=False)[0],)
+
+
+def _attended_training(o: Options, c: Config, names: tuple[str, ...], *tensors: Any) -> tuple[Tensor | None, ...]:
+    out, stats = launch.attend(_inputs(names, tensors), o, c, training=True)
     return out, *[t if t.numel() else None for t in stats]
 
 
 def _attended_backward(
-    o: Options, c: Config, wanted: tuple[bool, ...], dout: Tensor, *saved: Any
+    o: Options, c: Config, names: tuple[str, ...], wanted: tuple[bool, ...], dout: Tensor, *saved: Any
 ) -> tuple[Tensor | None, ...]:
-    needs, x, out = _needs(wanted), Inputs(*saved[:COUNT]), saved[COUNT]
-    stats = [out.new_empty(0, dtype=torch.float32) if t is None else t for t in saved[COUNT + 1 :]]
-    return _chosen(launch.attend_backward(x, o, c, out, Stats(*stats), dout, needs), needs)
+    count = len(names)
+    x, out = _inputs(names, saved[:count]), saved[count]
+    stats = [out.new_empty(0, dtype=torch.float32) if t is None else t for t in saved[count + 1 :]]
+    needs = dict.fromkeys(Inputs._fields, False) | dict(zip(names, wanted, strict=True))
+    grads = launch.attend_backward(x, o, c, out, Stats(*stats), dout, needs)
+    return tuple([grads.get(name) if needs[name] else None for name in names])
 
 
 @_bound

@@ -559,7 +559,7 @@ def _step(
     weight_size = 4 if weights[0] is None else weights[0].element_size()
     most = registers or REGISTERS.get(num_warps, 128)
     options = {"maxnreg": min(most, 65536 // threads)} if NVIDIA else {}
-    weight_heads = [0 if w is None else w.shape[1] for w in weights[:2]]
+    weight_heads = [0 if w is None else w.shape[-3] for w in weights[:2]]
     step_kernel[(n * kv_heads,)](
         q, q.stride(0), q.stride(1),
         k, k.stride(0), k.stride(1),
