@@ -20,7 +20,7 @@ from linattn.kernels import layout as layouts
 from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
 from linattn.kernels.triton import ops, step
-from linattn.kernels.triton.config import Config, choose, fuses, segment_tokens, stands_alone
+from linattn.kernels.triton.config import Config, choose, fuses, fuses_pointwise, segment_tokens, stands_alone
 from linattn.kernels.triton.launch import NARROWEST, Inputs, Memory, Options, block, changed, parts_of, rows
 from linattn.kernels.triton.runtime import INTERPRETED
 from linattn.kernels.validate import Call
@@ -289,7 +289,8 @@ def _both_sides(found: Projected, features: int) -> Projected:
 def _fuses(call: Call, found: Projected) -> bool:
     """Whether the kernels compute the map: its projections must fit, and keep the precision of the inputs."""
     if found.query_weight is None:
-        return block(call.feature_dim) <= 256
+        fits = block(call.feature_dim) <= 256
+        return fits and fuses_pointwise(call.q.device, call.q.dtype, call.feature_dim, call.v.shape[-1])
     parts, (dim, columns) = parts_of(found.query_weight), found.query_weight.shape[-2:]
     dtype = call.q.dtype
     if dtype == torch.float16 and found.activation == "exp":
@@ -301,7 +302,7 @@ def _fuses(call: Call, found: Projected) -> bool:
 def _stands_alone(call: Call, found: Projected) -> bool:
     """Whether a kernel of its own computes a map that does not fuse, no less precisely than torch would."""
     if found.query_weight is None or found.key_weight is None:
-        return False
+        return block(call.feature_dim) <= 256
     parts, (dim, columns) = parts_of(found.query_weight), found.query_weight.shape[-2:]
     dtype = call.q.dtype
     small = dtype == torch.bfloat16 or (dtype == torch.float16 and block(dim) * block(columns) <= 64 * 64)
@@ -404,7 +405,8 @@ def _options(call: Call, mapped: _Mapped, segment: int, *, strict: bool = False)
 
 def _config(call: Call, mapped: _Mapped) -> Config:
     dims = (mapped.features, min(call.v.shape[-1], _value_slice(mapped.features)), call.k.shape[-1])
-    activation = mapped.activation if mapped.fused else "lone"
+    lone = "lone" if mapped.key_log_scaled else "given"
+    activation = mapped.activation if mapped.fused else lone
     return choose(call.q.device, call.q.dtype, activation, *dims, call.window)
 
 

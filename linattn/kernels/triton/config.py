@@ -1,10 +1,11 @@
 """Which tile sizes, warps and stages the kernels run with: JSON tables, one for each kind of chip, in ``tables``.
 
 A table names ``architectures``, the ``shared_memory`` in bytes that its configs fit into, the ``largest_map`` that is
-fastest inside them, the ``largest_lone_map`` that a kernel of its own holds, and ``entries``. An entry has a ``config``
+fastest inside them, the ``largest_pointwise`` memory beside which a map without projections is, the
+``largest_lone_map`` that a kernel of its own holds, and ``entries``. An entry has a ``config``
 (fields of :class:`Config`; what it leaves out is the default) and, under ``for``, the calls it is meant for:
 
-    activation   "given" features, "fused" into the kernels, or computed by a "lone" kernel before them
+    activation   "given" features, "fused" into the kernels, or computed with log-scales by a "lone" kernel before them
     dtype        "bfloat16" or "float32": the operands of the products, float32 for float16 inputs too
     window       true or false
     features, value_dim, head_dim        at most so many
@@ -123,6 +124,7 @@ class Table(NamedTuple):
         path: where it came from. architectures: that it is for.
         shared_memory: bytes that its configs fit into. largest_map: numbers of a map's bfloat16 projections, padded,
             that fit beside them. largest_lone_map: numbers that fit a kernel of the map alone.
+        largest_pointwise: features times value columns beside which a map without projections is fused.
     """
 
     path: Path
@@ -130,6 +132,7 @@ class Table(NamedTuple):
     shared_memory: int
     largest_map: int
     largest_lone_map: int
+    largest_pointwise: int
     entries: list[Entry]
 
     def find(self, key: Key) -> dict[str, int] | None:
@@ -171,8 +174,8 @@ def choose(
 
     Args:
         device: of the inputs; asked once for its properties. dtype: of the inputs.
-        activation: of the map as the kernels compute it, ``"given"`` where they do not, ``"lone"`` where one does
-            before the others.
+        activation: of the map as the kernels compute it; ``"given"`` where they do not, ``"lone"`` where that leaves
+            them log-scales to read.
         features: F, 0 without a far branch. value_dim, head_dim: V and D. window: tokens attended exactly.
 
     Raises:
@@ -230,9 +233,14 @@ def stands_alone(device: torch.device, parts: int, head_dim: int, columns: int, 
     return size * (2 if trained else 1) <= _largest_maps(device)[1]
 
 
-def _largest_maps(device: torch.device) -> tuple[int, int]:
+def fuses_pointwise(device: torch.device, dtype: torch.dtype, features: int, value_dim: int) -> bool:
+    """Whether a map without projections is faster inside the kernels than in one before them."""
+    return dtype != torch.bfloat16 or _power(features) * _power(value_dim) <= _largest_maps(device)[2]
+
+
+def _largest_maps(device: torch.device) -> tuple[int, int, int]:
     table = shipped_for(chip(device))
-    return table.largest_map, table.largest_lone_map
+    return table.largest_map, table.largest_lone_map, table.largest_pointwise
 
 
 _largest_maps._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -349,13 +357,14 @@ def load(path: Path) -> Table:
     _check(path, "architectures", good, names, 'a list of names, such as ["sm_90"]')
     shared = found.get("shared_memory", 0)
     _check(path, "shared_memory", _is_int(shared) and shared >= 0, shared, "a number of bytes")
-    maps = [found.get(name, 0) for name in ("largest_map", "largest_lone_map")]
-    for name, size in zip(("largest_map", "largest_lone_map"), maps, strict=True):
+    maps = {"largest_map": 0, "largest_lone_map": 0, "largest_pointwise": 1 << 20}
+    maps = {name: found.get(name, size) for name, size in maps.items()}
+    for name, size in maps.items():
         _check(path, name, _is_int(size) and size >= 0, size, "an integer ≥ 0")
     entries = _required(path, "", found, "entries")
     _check(path, "entries", isinstance(entries, list), entries, "a list")
     checked = [_entry(path, f"entries[{i}]", entry) for i, entry in enumerate(entries)]
-    return Table(path, names, shared, maps[0], maps[1], checked)
+    return Table(path, names, shared, entries=checked, **maps)
 
 
 def _entry(path: Path, where: str, found: Any) -> Entry:

@@ -472,7 +472,7 @@ def _features(x: Tensor, weight: Tensor | None, bias: Tensor | None, o: Options)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     phi = torch.empty(batch, length, heads, o.features, dtype=dtype, device=x.device)
     log = torch.empty(batch, length, heads, dtype=torch.float32, device=x.device) if o.key_log else None
-    spans, span = _spans(batch, length, heads, LONE_PROGRAMS)
+    spans, span = _spans(batch, length, heads, LONE_PROGRAMS if weight is not None else MAP_PROGRAMS)
     narrow = _is_narrow(x, weight)
     launch(
         forward.features_kernel, (heads, batch * spans),
@@ -968,7 +968,7 @@ def _through_map(
     """
     batch, length, heads, dim = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    lone = known is not None
+    lone = known is not None and weight is not None
     narrow = not lone or _is_narrow(x, weight)
     spans, span = _spans(batch, length, heads, LONE_PROGRAMS if lone else MAP_PROGRAMS)
     dw = dc = None

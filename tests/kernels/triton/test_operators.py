@@ -17,7 +17,7 @@ from linattn.kernels.protocols import GivenFeatures
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from linattn.kernels.triton import backend, launch, ops, plan
-from linattn.kernels.triton.config import Config, using
+from linattn.kernels.triton.config import Config, choose, using
 from linattn.kernels.triton.launch import Inputs, Options, tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,6 +245,25 @@ def test_programs_with_slices_equal_the_reference(options: dict[str, Any], group
         results = run("triton", torch.float32)
     for found, want in zip(results, exact, strict=True):
         torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("name", ["elu", "relu"])
+def test_a_map_without_projections_before_the_kernels(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "fuses_pointwise", lambda *_: False)
+    kinds: list[str] = []
+    monkeypatch.setattr(backend, "choose", lambda *a: kinds.append(a[2]) or choose(*a))
+    phi, tensors = make(name, 8), inputs(40)
+
+    def run(impl: str) -> tuple[Tensor, ...]:
+        out = kernel_attention(*tensors, feature_map=phi, decay=gates(40).detach(), impl=impl, **options).out
+        return out, *torch.autograd.grad(out.sin().sum(), tensors)
+
+    for found, expected in zip(run("triton"), run("chunked"), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-4)
+    assert kinds == ["given"]
 
 
 def test_wide_values_go_in_slices() -> None:
