@@ -108,7 +108,7 @@ class Tensors(NamedTuple):
 
 def _map_of(phi: FeatureMap, heads: list[int], dtype: torch.dtype) -> FeatureMap:
     """The map of some heads; what belongs to no head (a random projection) stays whole."""
-    device = next(iter(phi.state_dict().values())).device
+    device = next((t.device for t in phi.state_dict().values()), None)  # elu has no tensors
     part = make(phi.name, phi.head_dim, num_heads=len(heads), device=device, dtype=dtype, **phi.options())
     fits = part.state_dict()
     part.load_state_dict({n: t if t.shape == fits[n].shape else t[heads] for n, t in phi.state_dict().items()})
@@ -162,6 +162,9 @@ HYBRID = tuple(
     Case(1, t, window=WINDOW, sinks=SINKS, decay=decay) for decay in ("head", "token") for t in HYBRID_LENGTHS
 )
 CROSSOVER_MAPS = (("hedgehog", 64), ("elu", 128), ("exp", 128), ("favor+", 128))
+"""Names and head dimensions; the first of a dimension is the one whose crossover a bar asks for."""
+CROSSOVER_TOKENS = (16384, 65536)
+"""Of all sequences of a call: with few, Python takes longer to issue a call than the GPU to run it."""
 SDPA = {CUDNN: SDPBackend.CUDNN_ATTENTION, FLASH: SDPBackend.FLASH_ATTENTION}
 COLD = {
     "given": Case(8, 2048, map="given"),

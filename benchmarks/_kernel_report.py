@@ -12,6 +12,7 @@ from _kernel_cases import (
     BOTH,
     COLD,
     CROSSOVER_MAPS,
+    CROSSOVER_TOKENS,
     CUDNN,
     FLA,
     FLA_PLAIN,
@@ -53,8 +54,12 @@ class Rows:
         row = self.find(section, shape, contender)
         return None if row is None or name not in row else row[name][what]
 
-    def curve(self, section: str, contender: str, name: str, what: str, head_dim: int = 64) -> dict[int, float]:
+    def curve(
+        self, section: str, contender: str, name: str, what: str, head_dim: int = 64, tokens: int = 0
+    ) -> dict[int, float]:
+        """A figure by length; of calls of so many ``tokens`` in all, unless 0."""
         rows = [r for r in self.of(section) if r["contender"] == contender and r["head_dim"] == head_dim and name in r]
+        rows = [r for r in rows if tokens in (0, r["batch"] * r["length"])]
         return {r["length"]: r[name][what] for r in rows if r[name][what] is not None}
 
 
@@ -92,8 +97,18 @@ def speed_bars(rows: Rows, what: str) -> Iterator[dict[str, Any]]:
             yield bar(3, f"{case.shape} {name}: time over the byte floor", ratio(mine, floor), limit)
 
 
+def crossover_bars(rows: Rows, what: str) -> Iterator[dict[str, Any]]:
+    """Bar 5 on the times ``what``."""
+    firsts = {dim: name for name, dim in reversed(CROSSOVER_MAPS)}
+    for (head_dim, name), tokens in itertools.product(firsts.items(), CROSSOVER_TOKENS):
+        title = Case(1, 1, head_dim, map=name).title
+        curves = [rows.curve("crossover", c, BOTH, what, head_dim, tokens) for c in (title, CUDNN)]
+        found = crossing(*curves) if rows.complete("crossover") else None
+        yield bar(5, f"{title} D{head_dim}, {tokens} tokens a call: faster than cuDNN from length", found, 2048)
+
+
 def other_bars(rows: Rows) -> Iterator[dict[str, Any]]:
-    """Bars 4 to 7."""
+    """Bars 4, 6 and 7."""
     soft = rows.figure("hybrid", Case(1, 131072).shape, CUDNN, BOTH, "ms")
     for decay in ("head", "token"):
         case = next(c for c in HYBRID if c.decay == decay and c.length == 131072)
@@ -103,11 +118,6 @@ def other_bars(rows: Rows) -> Iterator[dict[str, Any]]:
         for what, name in itertools.product(("ms", "extra_mib"), (FORWARD, BOTH)):
             worst = worst_doubling(rows.curve("hybrid", case.title, name, what), HYBRID_LENGTHS)
             yield bar(4, f"{case.title}, {name} {what}: worst doubling 8k … 1M", worst, 2.1)
-    for name, head_dim in CROSSOVER_MAPS:
-        case = Case(1, 1, head_dim, map=name)
-        curves = [rows.curve("crossover", c, BOTH, "ms", head_dim) for c in (case.title, CUDNN)]
-        found = crossing(*curves) if rows.complete("crossover") else None
-        yield bar(5, f"{case.title} D{head_dim}: faster than cuDNN from, tokens", found, 2048)
     steps = {r["tokens"]: r["step"] for r in rows.of("decode") if "step" in r}
     counts = [r["launches"] for r in rows.of("decode") if r.get("launches")]
     for tokens in (1_000, 1_000_000):
@@ -144,13 +154,13 @@ def crossings(rows: Rows) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if not rows.complete("crossover"):
         return found
-    for (name, head_dim), window in itertools.product(CROSSOVER_MAPS, (0, WINDOW)):
+    for (name, head_dim), window, tokens in itertools.product(CROSSOVER_MAPS, (0, WINDOW), CROSSOVER_TOKENS):
         title = Case(1, 1, head_dim, map=name, window=window, sinks=SINKS if window else 0).title
         for contender, which in itertools.product(SDPA, (FORWARD, BOTH)):
-            curves = [rows.curve("crossover", c, which, "ms", head_dim) for c in (title, contender)]
-            tokens = crossing(*curves)
-            found.setdefault(f"{title}, D{head_dim}", {})[f"{contender}, {which}"] = (
-                "never" if tokens == math.inf else tokens
+            curves = [rows.curve("crossover", c, which, "ms", head_dim, tokens) for c in (title, contender)]
+            length = crossing(*curves)
+            found.setdefault(f"{title}, D{head_dim}, {tokens} tokens a call", {})[f"{contender}, {which}"] = (
+                "never" if length == math.inf else length
             )
     return found
 
@@ -158,11 +168,12 @@ def crossings(rows: Rows) -> dict[str, dict[str, Any]]:
 def summary(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the rows on record amount to."""
     rows = Rows(sections)
-    bars = [*speed_bars(rows, "ms"), *other_bars(rows)]
+    bars = [*speed_bars(rows, "ms"), *crossover_bars(rows, "ms"), *other_bars(rows)]
     for b in bars:
         if b["value"] == math.inf:
             b["value"] = "never"
-    return {"bars": bars, "bars_with_work_queued": list(speed_bars(rows, "device_ms")), "crossover": crossings(rows)}
+    queued = [*speed_bars(rows, "device_ms"), *crossover_bars(rows, "device_ms")]
+    return {"bars": bars, "bars_with_work_queued": queued, "crossover": crossings(rows)}
 
 
 # ------------------------------------------------------------------------------------------------------- tables, plot
@@ -257,14 +268,23 @@ def print_curves(rows: Rows, section: str) -> None:
     """Contenders by length: milliseconds forward, forward and backward, and memory."""
     found = rows.of(section)
     lengths = sorted({r["length"] for r in found})
-    contenders = dict.fromkeys((r["contender"], r["head_dim"]) for r in found)
-    whats = ((FORWARD, "ms"), (BOTH, "ms"), *(((BOTH, "extra_mib"),) if section != "crossover" else ()))
+    crossover = section == "crossover"
+    contenders = dict.fromkeys(
+        (r["contender"], r["head_dim"], r["batch"] * r["length"] if crossover else 0) for r in found
+    )
+    whats = (
+        (FORWARD, "ms"),
+        (BOTH, "ms"),
+        *(((BOTH, "extra_mib"),) if section != "crossover" else ((BOTH, "device_ms"),)),
+    )
+    names = {"ms": "ms", "device_ms": "ms queued", "extra_mib": "MiB"}
     for name, what in whats:
         lines = []
-        for contender, head_dim in contenders:
-            curve = rows.curve(section, contender, name, what, head_dim)
-            lines.append([f"{contender} D{head_dim}", *(number(curve.get(t)) for t in lengths)])
-        print(text_table([f"{name}, {'MiB' if what == 'extra_mib' else what}", *map(_short, lengths)], lines))
+        for contender, head_dim, tokens in contenders:
+            curve = rows.curve(section, contender, name, what, head_dim, tokens)
+            label = f"{contender} D{head_dim}" + (f", {tokens} tokens" if tokens else "")
+            lines.append([label, *(number(curve.get(t)) for t in lengths)])
+        print(text_table([f"{name}, {names[what]}", *map(_short, lengths)], lines))
 
 
 def _short(tokens: int) -> str:
