@@ -317,9 +317,8 @@ def dkv_kernel(
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
     FACTORED: tl.constexpr = QUERIES and not KLOG and not EXACT
-    LOG: tl.constexpr = (
-        TOP and KLOG
-    )  # else far weights have the scale of rows, and no memory leaves the range of numbers
+    # Unless both have log-scales, far weights have the scale of rows, and no memory leaves the range of numbers.
+    LOG: tl.constexpr = TOP and KLOG
     SINGLE: tl.constexpr = QUERIES and G == 1 and C > 32  # one query head: what needs most registers comes last
     key_stat = origin * kv_heads + kv_head
     if key_log is not None:

@@ -704,9 +704,7 @@ def attend_backward(
             V=s.value_dim, BV=block(s.value_dim), R=64, TOP=s.top,
         )  # fmt: skip
     if x.sink_logits is not None and needs["sink_logits"]:
-        grads["sink_logits"] = -(
-            (x.sink_logits.float() - stats.top).exp() * delta * (1.0 if rden is None else rden)
-        ).sum((0, 1))
+        grads["sink_logits"] = -((x.sink_logits.float() - stats.top).exp() * delta * stats.rden).sum((0, 1))
 
     shared = raw.q_far is None
     keys = x.k is not None
