@@ -50,7 +50,7 @@ class Config(NamedTuple):
         forward_slice, fold_slice: value columns of a program in the forward pass and the segment sums; dq_slice: given
             features of one in dq; dkv_slice: given features or value columns of one in dkv, which then runs once for
             the features' gradient and once for the values'; 0 for all.
-        fold_registers, near_registers, near_dkv_registers, map_registers: of a thread, at most, so that more programs
+        near_registers, near_dkv_registers, map_registers: of a thread, at most, so that more programs
             run side by side; 0 for as many as the compiler takes.
         programs: programs that fill the device; long sequences are cut into segments until there are as many. A table
             that leaves it out has two for each multiprocessor.
@@ -78,7 +78,6 @@ class Config(NamedTuple):
     fold_slice: int = 0
     dq_slice: int = 0
     dkv_slice: int = 0
-    fold_registers: int = 0
     near_registers: int = 0
     near_dkv_registers: int = 0
     map_registers: int = 0

@@ -384,8 +384,7 @@ def _fold(
         PLACE=1 if skip and s.segments == 2 and x.state_kv is None else 0,
         SINKS=o.sinks, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.key_weight, x.q.dtype), LOG=o.key_log,
         REVERSE=False, PACKED=s.packed,
-        num_warps=c.fold_warps, num_stages=c.fold_stages, registers=c.fold_registers,
-        **precision(x.q.dtype, _tf32()),
+        num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(x.q.dtype, _tf32()),
     )  # fmt: skip
     return parts
 
@@ -808,8 +807,7 @@ def attend_backward(
             PLACE=-1 if skip and s.segments == 2 else 0,
             SINKS=0, ACT=ACTIVATIONS[o.activation], LOW=_is_wider(x.query_weight, dtype), LOG=logs,
             REVERSE=True, PACKED=s.packed,
-            num_warps=c.fold_warps, num_stages=c.fold_stages, registers=c.fold_registers,
-            **precision(dtype, tf32),
+            num_warps=c.fold_warps, num_stages=c.fold_stages, **precision(dtype, tf32),
         )  # fmt: skip
         memory, end = _scan(sums, None, x, s, log=logs, reverse=True, end=want_state)
     if want_state:

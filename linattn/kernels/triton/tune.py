@@ -108,7 +108,7 @@ def steps(problem: Problem, start: Config, on: config.Chip) -> list[Step]:
     """The shipped search: segments and chunk, slices of large heads, then chunk, warps and stages of each kernel."""
     wide = problem.dtype != torch.bfloat16
     chunks = (16, 32, 64) if wide else (32, 64, 128)
-    warps, stages = (4, 8), (1, 2, 3)
+    warps, stages, registers = (4, 8), (1, 2, 3), (0, 128, 168)
     segments = []
     for n in (1 << i for i in range(20)):
         tokens, programs = -(-problem.length // n), problem.batch * problem.heads * n
@@ -122,7 +122,11 @@ def steps(problem: Problem, start: Config, on: config.Chip) -> list[Step]:
     slices = Step(
         "slices", BOTH, product(forward_slice=(0, 64), fold_slice=(0, 64), dq_slice=(0, 64), dkv_slice=(0, 64))
     )
-    near = Step("near", BOTH, product(near_chunk=chunks, near_warps=warps, near_stages=stages))
+    near = [
+        Step("near", BOTH, product(near_chunk=chunks, near_warps=warps, near_stages=stages)),
+        Step("near registers", BOTH, product(near_registers=registers)),
+        Step("near dkv", BOTH, product(near_dkv_stages=stages, near_dkv_registers=registers)),
+    ]
     return [
         Step("chunk", BOTH, product(chunk=chunks)),
         *([slices] if problem.value_dim > 64 and problem.features > 64 else []),
@@ -131,8 +135,8 @@ def steps(problem: Problem, start: Config, on: config.Chip) -> list[Step]:
         Step("fold", BOTH, product(fold_chunk=chunks, fold_warps=warps, fold_stages=stages)),
         Step("dq", BOTH, product(dq_warps=warps, dq_stages=stages)),
         Step("dkv", BOTH, product(dkv_chunk=chunks[:2], dkv_warps=warps, dkv_stages=stages)),
-        *([near, Step("near dkv", BOTH, product(near_dkv_stages=stages))] if problem.window else []),
-        Step("map", BOTH, product(map_stages=stages)),
+        *(near if problem.window else []),
+        Step("map", BOTH, product(map_stages=stages, map_registers=registers)),
     ]
 
 
