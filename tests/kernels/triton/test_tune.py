@@ -172,7 +172,7 @@ def test_shipped_search(dtype: torch.dtype, length: int, window: int, tmp_path: 
     problem = Problem(1, length, 16, 16, 64, 64, window=window, dtype=dtype)
     start = Config()
     plan = tune.steps(problem, start, Chip("sm_90", 132, 232448))
-    near = ["near", "near dkv"] if window else []
+    near = ["near", "near registers", "near dkv"] if window else []
     assert [step.name for step in plan] == ["chunk", "segments", "forward", "fold", "dq", "dkv", *near, "map"]
     counts = [c["programs"] // 16 for c in plan[1].candidates]
     assert counts == [1] if length == 100 else counts[:3] == [1, 2, 4]
