@@ -690,7 +690,8 @@ def attend_backward(
     delta = torch.empty_like(stats.rden)
     scaled = dout
     rden: Tensor | None = stats.rden
-    plain = o.activation == "given" and not s.top and x.decay is None  # features reach the products as they are
+    given = map_.activation == "given"
+    plain = given and not s.top and x.decay is None  # features reach the products as they are
     if plain:
         scaled = torch.empty_like(dout, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
         rden = None
@@ -724,7 +725,6 @@ def attend_backward(
 
     # Queries. Features get their gradient first, then what they were computed from.
     exact = o.window > 0 or o.sinks > 0 or not o.far  # the window's kernels add to what the far part left
-    given = map_.activation == "given"
     relative = stats.relative if s.top else None
     wide = dtype if dtype == torch.bfloat16 else torch.float32
     dq = dq_far = dlog_q = None

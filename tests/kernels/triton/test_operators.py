@@ -278,14 +278,14 @@ def test_a_row_without_far_mass_under_decay(monkeypatch: pytest.MonkeyPatch) -> 
     # As in bfloat16, where a chunk may decay by exp(60) before its pairs are weighed one by one.
     monkeypatch.setitem(launch.MILD, False, 60.0)
     plan.forget()
-    q, k = torch.zeros(2, 1, 16, 1, 16)
+    q, k = torch.zeros(2, 1, 16, 1, 16, device=DEVICE)
     q[..., 0] = 2.0
     k[:, 1:, :, 0] = 2.0  # the first key, a sink, has no features and a logit of zero
-    v = torch.ones(1, 16, 1, 16)
-    options: dict[str, Any] = {"sinks": 1, "scale": 0.25, "decay": torch.full((1, 16, 1), -3.6)}
+    v = torch.ones(1, 16, 1, 16, device=DEVICE)
+    options: dict[str, Any] = {"sinks": 1, "scale": 0.25, "decay": torch.full((1, 16, 1), -3.6, device=DEVICE)}
     relu = make("relu", 16, num_heads=1)
     for far_bias in (0.0, 25.0):
-        options["far_bias"] = torch.tensor([far_bias])
+        options["far_bias"] = torch.tensor([far_bias], device=DEVICE)
         with using(Config(chunk=16, fold_chunk=16, near_chunk=16, programs=8, shortest=32)):
             out = kernel_attention(q, k, v, feature_map=relu, window=0, impl="triton", **options).out
         torch.testing.assert_close(out, torch.ones_like(out), rtol=1e-5, atol=0)
