@@ -222,7 +222,7 @@ def print_tables(data: dict[str, dict[str, Any]], chosen: Sequence[str], found: 
     wanted = [b for b in found["bars"] if b["holds"] is not None and b["bar"] in decided]
     if wanted:
         print_bars(wanted, found["bars_with_work_queued"])
-    if "crossover" in chosen:
+    if "crossover" in chosen and found["crossover"]:
         header = ["faster, from tokens, than", *next(iter(found["crossover"].values()))]
         print(text_table(header, [[t, *map(number, where.values())] for t, where in found["crossover"].items()]))
 
