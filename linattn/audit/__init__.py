@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         state_bytes,
     )
     from linattn.audit.recall import Recall, RecallPrompt, RecallTask, make_prompt, recall_by_distance, text_tasks
+    from linattn.audit.render import ReportTable, report_plots, report_tables, save_report, to_markdown
     from linattn.audit.report import audit_model, verdict
     from linattn.audit.speed import DecodeSpeed, decode_speed, faster_from
     from linattn.audit.telemetry import LayerTelemetry, layer_telemetry
@@ -36,6 +37,7 @@ _HOME = {
     "Recall": "recall",
     "RecallPrompt": "recall",
     "RecallTask": "recall",
+    "ReportTable": "render",
     "StateBytes": "memory",
     "attention_off": "ablations",
     "audit_model": "report",
@@ -52,9 +54,13 @@ _HOME = {
     "make_prompt": "recall",
     "near_off": "ablations",
     "recall_by_distance": "recall",
+    "report_plots": "render",
+    "report_tables": "render",
+    "save_report": "render",
     "stacked_reach": "counterfactual",
     "state_bytes": "memory",
     "text_tasks": "recall",
+    "to_markdown": "render",
     "verdict": "report",
 }
 
@@ -69,6 +75,7 @@ __all__ = [
     "Recall",
     "RecallPrompt",
     "RecallTask",
+    "ReportTable",
     "StateBytes",
     "attention_off",
     "audit_model",
@@ -91,9 +98,13 @@ __all__ = [
     "perplexity",
     "position_losses",
     "recall_by_distance",
+    "report_plots",
+    "report_tables",
+    "save_report",
     "stacked_reach",
     "state_bytes",
     "text_tasks",
+    "to_markdown",
     "token_losses",
     "truncated_losses",
     "verdict",

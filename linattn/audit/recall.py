@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -252,7 +252,7 @@ def _generates(model: PreTrainedModel, prompts: list[RecallPrompt]) -> Iterator[
     """Whether each prompt is continued with its answer. All are of one length."""
     device = next(model.parameters()).device
     ids = torch.tensor([prompt.context + prompt.question for prompt in prompts])
-    own: Any = model.generation_config
+    own, generate = model.generation_config, cast(Callable[..., Tensor], model.generate)
     config = GenerationConfig(
         max_new_tokens=max(len(prompt.answer) for prompt in prompts),
         do_sample=False,
@@ -262,7 +262,7 @@ def _generates(model: PreTrainedModel, prompts: list[RecallPrompt]) -> Iterator[
     rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
     for start in range(0, len(ids), rows):
         part = ids[start : start + rows].to(device)
-        said: Any = model.generate(part, attention_mask=torch.ones_like(part), generation_config=config)
+        said = generate(part, attention_mask=torch.ones_like(part), generation_config=config)
         for prompt, new in zip(prompts[start : start + rows], said[:, ids.shape[1] :].tolist(), strict=True):
             yield new[: len(prompt.answer)] == prompt.answer
 

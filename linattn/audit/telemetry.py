@@ -31,7 +31,7 @@ class LayerTelemetry(NamedTuple):
     """One converted layer on a text.
 
     Attributes:
-        index: position among the model's attention layers. path: of its attention module.
+        layer: position among the model's attention layers. path: of its attention module.
         far_mass: ``[H]`` share of the attention that goes to far tokens, averaged over the queries that have any.
         teacher_far_mass: ``[H]`` the same of the teacher's softmax attention, over the same tokens.
         half_life: ``[Hkv]`` tokens after which the far branch has forgotten half, at the mean rate over the text; None
@@ -41,7 +41,7 @@ class LayerTelemetry(NamedTuple):
         greatest_rank: the smaller of feature_dim and head_dim.
     """
 
-    index: int
+    layer: int
     path: str
     far_mass: tuple[float, ...]
     teacher_far_mass: tuple[float, ...]
@@ -187,10 +187,10 @@ def _as_windows(
     """
     plan = ConversionPlan.from_dict(plan.to_dict())
     near = []
-    for layer in plan.converted:
+    for planned in plan.converted:
         # A layer with a sliding window of its own sees no sinks beyond it.
-        near.append((layer.window, layer.sinks if layer.native_window is None else 0))
-        layer.feature_map, layer.feature_map_options, layer.decay = "elu", {}, None
+        near.append((planned.window, planned.sinks if planned.native_window is None else 0))
+        planned.feature_map, planned.feature_map_options, planned.decay = "elu", {}, None
     windows = convert_model(teacher, plan=plan)
     try:
         layers = converted_layers(windows)

@@ -92,7 +92,7 @@ def test_layers_kept_softmax_are_left_out_and_models_given_back(llama, windows):
     teacher, student = llama().train(), convert_model(llama(), window=WINDOW, sinks=SINKS, keep_softmax=[0])
     before = [dict(module.__dict__) for module in student.modules()]
     (layer,) = layer_telemetry(teacher, student, windows(2, LENGTH))
-    assert layer.index == 1
+    assert layer.layer == 1
     assert [dict(module.__dict__) for module in student.modules()] == before
     assert type(teacher) is type(llama())
     assert teacher.training
