@@ -262,6 +262,13 @@ def test_audit_compares_with_a_trained_control(saved: Path, converted: Path, tex
     assert "pass --dtype" in cli(*ask, "--control", tmp_path / "bf16", code=1).stderr
 
 
+def test_the_parts_of_an_audit_are_those_of_the_library() -> None:
+    from linattn.audit.report import PARTS
+    from linattn.cli.main import AUDIT_PARTS
+
+    assert AUDIT_PARTS == PARTS
+
+
 def test_an_audit_without_plots_says_so(
     saved: Path, converted: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
