@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -252,19 +253,32 @@ def _generates(model: PreTrainedModel, prompts: list[RecallPrompt]) -> Iterator[
     """Whether each prompt is continued with its answer. All are of one length."""
     device = next(model.parameters()).device
     ids = torch.tensor([prompt.context + prompt.question for prompt in prompts])
-    own, generate = model.generation_config, cast(Callable[..., Tensor], model.generate)
-    config = GenerationConfig(
-        max_new_tokens=max(len(prompt.answer) for prompt in prompts),
+    rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
+    longest = max(len(prompt.answer) for prompt in prompts)
+    with _greedy(model, longest) as generate:
+        for start in range(0, len(ids), rows):
+            part = ids[start : start + rows].to(device)
+            said = generate(part, attention_mask=torch.ones_like(part))[:, ids.shape[1] :].tolist()
+            for prompt, new in zip(prompts[start : start + rows], said, strict=True):
+                yield new[: len(prompt.answer)] == prompt.answer
+
+
+@contextlib.contextmanager
+def _greedy(model: PreTrainedModel, tokens: int) -> Iterator[Callable[..., Tensor]]:
+    """``model.generate`` for ``tokens`` most likely tokens, whatever penalties and samplers the model comes with."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=tokens,
         do_sample=False,
+        num_beams=1,
+        use_cache=True,
         eos_token_id=None if own is None else own.eos_token_id,
         pad_token_id=0,
     )
-    rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
-    for start in range(0, len(ids), rows):
-        part = ids[start : start + rows].to(device)
-        said = generate(part, attention_mask=torch.ones_like(part), generation_config=config)
-        for prompt, new in zip(prompts[start : start + rows], said[:, ids.shape[1] :].tolist(), strict=True):
-            yield new[: len(prompt.answer)] == prompt.answer
+    try:
+        yield cast(Callable[..., Tensor], model.generate)
+    finally:
+        model.generation_config = own
 
 
 def _ranks_first(model: PreTrainedModel, prompt: RecallPrompt, candidates: int) -> bool:

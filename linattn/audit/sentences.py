@@ -36,7 +36,7 @@ def _counterfactual(found: dict[str, Any], reach: int) -> Iterator[str]:
         return
     yield (
         f"Another text further back than {reach} tokens changes its predictions by {_kl(models, 'student')} (KL), its "
-        f"teacher's by {_kl(models, 'teacher')}, its windows' without the far branch by {_kl(models, 'far_off')}."
+        f"teacher's by {_kl(models, 'teacher')}, those of its windows alone by {_kl(models, 'far_off')}."
     )
     stack = models["student"]["beyond_stack"]
     if stack is not None:
@@ -66,8 +66,9 @@ def _mean(values: list[float]) -> float:
 
 def _cache(found: dict[str, Any]) -> Iterator[str]:
     worst, other = (min(found[name], key=lambda check: check["agree"]) for name in ("student", "teacher"))
+    how = "token by token" if worst["chunk"] == 1 else f"{worst['chunk']} tokens at a time"
     facts = (
-        f"read {worst['chunk']} tokens at a time, its most likely token is that of one forward pass at "
+        f"read {how}, its most likely token is that of one forward pass at "
         f"{worst['agree']:.1%} of the positions, its teacher's at {other['agree']:.1%}"
     )
     if worst["agree"] < other["agree"] - ROUNDING:

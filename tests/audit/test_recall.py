@@ -101,9 +101,8 @@ class Reader(nn.Module):
         self.reach, self.weight = reach, nn.Parameter(torch.zeros(1))
         self.generation_config = SimpleNamespace(eos_token_id=0)
 
-    def generate(self, ids, attention_mask, generation_config):
+    def generate(self, ids, attention_mask):
         assert attention_mask.all()
-        assert not generation_config.do_sample
         assert not self.training
         said = []
         for row in ids.tolist():
@@ -178,6 +177,21 @@ def test_answers_of_a_model_are_those_of_its_full_forward_pass(llama, converted,
     )
     assert 0 < right < count
     assert found == Recall("facts", 40, right, count, 1 / candidates if candidates else 0.0)
+
+
+def test_answers_are_greedy_whatever_the_model_is_set_to(llama, monkeypatch):
+    model, said = llama(), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: said.append(generate(*a, **k)) or said[-1])
+    asked = task()._replace(ask=lambda key, value: ([ASK, 10 + key], [30 + value] * 4))
+    recall_by_distance(model, [asked], TEXT, distances=[30], prompts=4, lead=8)
+    own = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 50.0}
+    model.generation_config.update(**own, no_repeat_ngram_size=1, suppress_tokens=[*range(40)], max_length=7)
+    config = model.generation_config
+    recall_by_distance(model, [asked], TEXT, distances=[30], prompts=4, lead=8)
+    assert torch.equal(*said)
+    assert said[0].shape == (4, 8 + 30 + 4)
+    assert model.generation_config is config
 
 
 def test_longer_answers_are_ranked_by_all_their_tokens(llama):
