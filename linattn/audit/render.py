@@ -19,20 +19,26 @@ NAMES = {
     "teacher": "teacher",
     "student": "this model",
     "far_off": "window alone",
-    "near_off": "far branch alone",
+    "near_off": "far alone",
     "attention_off": "no attention",
-    "control": "equal bytes, untrained",
+    "control": "equal bytes",
     "trained_control": "equal bytes, trained",
 }
 DIFFERENCES = {
     "far_branch": "window alone − this model",
     "window_cost": "window alone − teacher",
     "cost": "this model − teacher",
-    "over_control": "equal bytes, untrained − this model",
+    "over_control": "equal bytes − this model",
     "over_trained_control": "equal bytes, trained − this model",
 }
-COLOURS = {"teacher": "0.25", "student": "tab:blue", "far_off": "tab:orange", "near_off": "tab:green"}
-COLOURS |= {"control": "tab:red", "trained_control": "tab:purple"}
+STYLES = {
+    "teacher": {"color": "0.25", "zorder": 2},
+    "control": {"color": "tab:red", "zorder": 3},
+    "trained_control": {"color": "tab:purple", "zorder": 3},
+    "student": {"color": "tab:blue", "zorder": 4},
+    "far_off": {"color": "tab:orange", "zorder": 5, "linestyle": "--"},
+}
+"""Of the lines in plots, which leave out the models without a window: they would set the scale."""
 
 
 class ReportTable(NamedTuple):
@@ -244,11 +250,10 @@ def _finish(ax: Any, x: str, y: str) -> None:
 def _plot_losses(report: dict[str, Any]) -> Figure:
     figure, (ax,) = _figure()
     for name, model in report["models"].items():
-        if name not in COLOURS:
-            continue  # without any attention the losses would set the scale
-        buckets = model["buckets"]
-        centres = [math.sqrt(max(bucket["start"], 1) * bucket["stop"]) for bucket in buckets]
-        ax.plot(centres, [b["mean"] for b in buckets], "o-", markersize=4, color=COLOURS[name], label=NAMES[name])
+        if name in STYLES:
+            centres = [math.sqrt(max(bucket["start"], 1) * bucket["stop"]) for bucket in model["buckets"]]
+            means = [bucket["mean"] for bucket in model["buckets"]]
+            ax.plot(centres, means, marker="o", markersize=4, label=NAMES[name], **STYLES[name])
     ax.axvline(report["reach"], color="0.6", linestyle=":", label="window + sinks")
     _finish(ax, "position in tokens", "cross-entropy, nats per token")
     return figure
@@ -258,16 +263,17 @@ def _plot_recall(report: dict[str, Any]) -> Figure:
     tasks = list(dict.fromkeys(row["task"] for row in report["recall"]["student"]))
     figure, axes = _figure(len(tasks), share=True)
     for ax, task in zip(axes, tasks, strict=True):
-        for name, rows in report["recall"].items():
+        for i, (name, rows) in enumerate(report["recall"].items()):
             mine = [row for row in rows if row["task"] == task]
             x, y, error = ([row[key] for row in mine] for key in ("distance", "rate", "standard_error"))
-            ax.errorbar(x, y, error, fmt="o-", markersize=4, capsize=2, color=COLOURS[name], label=NAMES[name])
+            apart = [each * 1.02 ** (i - 1) for each in x]  # lines at the same height stay visible
+            ax.errorbar(apart, y, error, marker="o", markersize=4, capsize=2, label=NAMES[name], **STYLES[name])
         ax.axvline(report["reach"], color="0.6", linestyle=":", label="window + sinks")
         if chance := report["recall"]["student"][0]["chance"]:
             ax.axhline(chance, color="0.6", linestyle="--", label="a guess")
         ax.set_ylim(-0.03, 1.03)
         ax.set_title(task)
-        _finish(ax, "distance in tokens", "recalled")
+        _finish(ax, "distance in tokens", "recalled" if ax is axes[0] else "")
     return figure
 
 
@@ -275,10 +281,11 @@ def _plot_far_mass(report: dict[str, Any]) -> Figure:
     layers = report["telemetry"]["layers"]
     panels = {"far_mass": "this model", "teacher_far_mass": "teacher"}
     heads = max(len(layer["far_mass"]) for layer in layers)
+    most = max(mass or 0 for layer in layers for name in panels for mass in layer[name])
     figure, axes = _figure(2, share=True)
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
         mass = [layer[name] + [math.nan] * (heads - len(layer[name])) for layer in layers]
-        image = ax.imshow(mass, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        image = ax.imshow(mass, vmin=0, vmax=most, cmap="viridis", aspect="auto", interpolation="nearest")
         ax.set_title(title)
         ax.set_xlabel("head")
     axes[0].set_ylabel("layer")
@@ -289,15 +296,20 @@ def _plot_far_mass(report: dict[str, Any]) -> Figure:
 
 
 def _plot_speed(report: dict[str, Any]) -> Figure:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(2)
     for name in ("teacher", "student"):
         rows = report["speed"][name]
         lengths = [row["length"] for row in rows]
         spread = [[row["ms"] - row["fastest"] for row in rows], [row["slowest"] - row["ms"] for row in rows]]
-        style = {"markersize": 4, "color": COLOURS[name], "label": NAMES[name]}
-        axes[0].errorbar(lengths, [row["ms"] for row in rows], spread, fmt="o-", capsize=2, **style)
-        axes[1].plot(lengths, [row["bytes"] / 2**20 for row in rows], "o-", **style)
+        style = {"marker": "o", "markersize": 4, "label": NAMES[name], **STYLES[name]}
+        axes[0].errorbar(lengths, [row["ms"] for row in rows], spread, capsize=2, **style)
+        axes[1].plot(lengths, [row["bytes"] / 2**20 for row in rows], **style)
     for ax, y in zip(axes, ("decoding step, ms (median, range)", "memory, MiB"), strict=True):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
         _finish(ax, "tokens before it", y)
     return figure

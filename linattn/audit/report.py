@@ -32,6 +32,8 @@ TELEMETRY_WINDOWS = 4
 CACHED_TOKENS = 128
 """Tokens beyond ``window + sinks`` up to which reading with the cache is compared."""
 SPEED_LENGTHS = (256, 1024, 4096, 16384)
+MARGIN = 32
+"""Positions that timed steps may take beyond a length."""
 
 MeasureRecall = Callable[[PreTrainedModel], Sequence[Recall]]
 
@@ -65,7 +67,8 @@ def audit_model(
         start: first position of the far-gain ratio; see :func:`far_gain`. Default 2,048, or T // 2 if that is less.
         stride: of its truncated contexts.
         edges: bounds of the position buckets.
-        lengths: at which decoding is timed. Default those of 256, 1,024, 4,096 and 16,384 tokens up to T, or T.
+        lengths: at which decoding is timed. Default those of 256, 1,024, 4,096 and 16,384 tokens up to 4 T that the
+            teacher has positions for, or T.
         progress: called with (measurements done, measurements in all).
 
     Returns:
@@ -115,7 +118,8 @@ def audit_model(
         raise OptionError(f"start={start}: expected window + sinks = {reach} ≤ start < T = {length}, and reach ≥ 1.")
     stride = max(1, reach // 4) if stride is None else stride
     if lengths is None:
-        lengths = [each for each in SPEED_LENGTHS if each <= length] or [length]
+        positions = getattr(teacher.config, "max_position_embeddings", None) or 4 * length
+        lengths = [each for each in SPEED_LENGTHS if each <= min(4 * length, positions - MARGIN)] or [length]
 
     controls = 1 + (trained_control is not None)
     costs = {"losses": 2 + len(ABLATIONS) + controls, "far_gain": 2, "counterfactual": 3, "cache": 2, "speed": 2}

@@ -2,14 +2,14 @@
 
 The weight of a part of the attention is measured by the operator itself. With values of one and a sink logit s that has
 no value, its output is D / (D + eˢ), where D is the sum of the weights of all tokens; it is taken with the far branch
-and without. This holds for every feature map, with decay, far bias and softcap, and takes no O(T²) memory.
+and without. This holds for every feature map, with decay, far bias and softcap, and takes no O(T²) memory, nor does the
+teacher's softmax, which is taken some queries at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from linattn.errors import ShapeError
 
 SINK = 200.0
 """Sink logit beside which sums of weights are measured: far above them, and far from the limits of float64."""
+QUERIES_AT_ONCE = 256
+"""Queries of which the teacher's attention weights stand in memory."""
 
 
 class LayerTelemetry(NamedTuple):
@@ -80,10 +82,8 @@ def layer_telemetry(teacher: PreTrainedModel, student: PreTrainedModel, tokens: 
         raise ShapeError(
             f"tokens: got windows of {tokens.shape[1]} tokens, expected more than window + sinks = {reach}."
         )
-    seen = _observed(student, tokens, layers, _student_facts, cached=True)
-    with _as_windows(teacher, plan, tokens.shape[1]) as (softmax, near):
-        ours = dict(zip(softmax, near, strict=True))
-        exact = _observed(teacher, tokens, softmax, lambda layer, *call: _teacher_facts(layer, ours[layer], *call))
+    seen = _student_facts(student, layers, tokens)
+    exact = _teacher_masses(teacher, plan, tokens)
     found = []
     for layer, planned, mine, theirs in zip(layers, plan.converted, seen, exact, strict=True):
         rates = mine.get("rate")
@@ -92,7 +92,7 @@ def layer_telemetry(teacher: PreTrainedModel, student: PreTrainedModel, tokens: 
                 planned.index,
                 planned.path,
                 tuple(mine["far_mass"].tolist()),
-                tuple(theirs["far_mass"].tolist()),
+                tuple(theirs.tolist()),
                 None if rates is None else tuple((math.log(2) / rates).tolist()),
                 tuple(mine["rank"].tolist()),
                 min(layer.feature_map.feature_dim, layer.feature_map.head_dim),
@@ -104,39 +104,43 @@ def layer_telemetry(teacher: PreTrainedModel, student: PreTrainedModel, tokens: 
 Facts = dict[str, Tensor]
 
 
-def _observed(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    layers: list[ConvertedAttention],
-    facts: Callable[..., Facts],
-    *,
-    cached: bool = False,
-) -> list[Facts]:
-    """What ``facts(layer, q, k, options)`` says of each layer, averaged over the windows of a text."""
+def _read(model: PreTrainedModel, tokens: Tensor, *, cached: bool = False) -> None:
+    """Let a model read each window of a text by itself."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for row in tokens:
+            cache = empty_cache(model) if cached else None
+            model.base_model(row[None].to(device), past_key_values=cache, use_cache=cached)
+
+
+def _student_facts(student: PreTrainedModel, layers: list[ConvertedAttention], tokens: Tensor) -> list[Facts]:
+    """What each layer of ``student`` shows, averaged over the windows."""
     sums: dict[ConvertedAttention, Facts] = {layer: {} for layer in layers}
 
-    def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
-        for name, value in facts(layer, *args[:2], options).items():
+    def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
+        q, k, *_ = args
+        for name, value in _facts(layer, q, k, options).items():
             sums[layer][name] = sums[layer].get(name, 0) + value.double().cpu() / len(tokens)
 
     hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
-    device = next(model.parameters()).device
     try:
-        with evaluating(model):
-            for row in tokens:
-                cache = empty_cache(model) if cached else None
-                model.base_model(row[None].to(device), past_key_values=cache, use_cache=cached)
+        _read(student, tokens, cached=True)
     finally:
         for handle in hooks:
             handle.remove()
     return [sums[layer] for layer in layers]
 
 
-def _student_facts(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, Any]) -> Facts:
+def _facts(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, Any]) -> Facts:
     total = _weight(layer, q, k, options)
-    with _set(layer, far=False):
+    far, layer.far = layer.far, False
+    try:
         near = _weight(layer, q, k, options)
-    facts = {"far_mass": _far_mass(total, near, layer.window + layer.sinks, options)}
+    finally:
+        layer.far = far
+    sinks = options.get("sink_logits")
+    most = total if sinks is None else total + (sinks.double() - SINK).exp()
+    facts = {"far_mass": ((total - near) / most)[:, layer.window + layer.sinks :].mean((0, 1))}
     gates = layer.log_gates(k)
     if gates is not None:
         facts["rate"] = -gates.double().flatten(0, -2).mean(0) if gates.ndim > 1 else -gates.double()
@@ -144,15 +148,6 @@ def _student_facts(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dic
     assert cache_layer.state is not None  # the layer has just stored it
     facts["rank"] = _effective_rank(cache_layer.state.kv[0])
     return facts
-
-
-def _teacher_facts(
-    layer: ConvertedAttention, near: tuple[int, int], q: Tensor, k: Tensor, options: dict[str, Any]
-) -> Facts:
-    total = _weight(layer, q, k, options)
-    with _set(layer, window=near[0], sinks=near[1]):
-        exact = _weight(layer, q, k, options)
-    return {"far_mass": _far_mass(total, exact, sum(near), options)}
 
 
 def _weight(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, Any]) -> Tensor:
@@ -164,52 +159,51 @@ def _weight(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, 
     return out / (1 - out)
 
 
-def _far_mass(total: Tensor, near: Tensor, nearest: int, options: dict[str, Any]) -> Tensor:
-    """``[H]``: share of far tokens in the normaliser, in which the layer's own sink logits count."""
-    sinks = options.get("sink_logits")
-    most = total if sinks is None else total + (sinks.double() - SINK).exp()
-    return ((total - near) / most)[:, nearest:].mean((0, 1))
-
-
 def _effective_rank(matrix: Tensor) -> Tensor:
     """``[Hkv]`` of ``[Hkv, F, V]``."""
     singular = torch.linalg.svdvals(matrix.double())
     return torch.special.entr(singular / singular.sum(-1, keepdim=True)).sum(-1).exp()
 
 
-@contextlib.contextmanager
-def _as_windows(
-    teacher: PreTrainedModel, plan: ConversionPlan, length: int
-) -> Iterator[tuple[list[ConvertedAttention], list[tuple[int, int]]]]:
-    """``teacher`` with the layers of ``plan`` computing their softmax by the operator: a window of all they see.
-
-    Yields these layers, and of each the window and the sinks that the plan gives it.
-    """
+def _teacher_masses(teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tensor) -> list[Tensor]:
+    """``[H]`` of each layer of ``plan``: the mass of its far tokens in the teacher's softmax, over the windows."""
     plan = ConversionPlan.from_dict(plan.to_dict())
-    near = []
     for planned in plan.converted:
-        # A layer with a sliding window of its own sees no sinks beyond it.
-        near.append((planned.window, planned.sinks if planned.native_window is None else 0))
         planned.feature_map, planned.feature_map_options, planned.decay = "elu", {}, None
-    windows = convert_model(teacher, plan=plan)
+    seam = convert_model(teacher, plan=plan)
     try:
-        layers = converted_layers(windows)
-        for layer in layers:
-            layer.far, layer.sinks = False, 0
-            layer.window = length if layer.native_window is None else layer.native_window
-        yield layers, near
+        layers = converted_layers(seam)
+        masses: list[list[Tensor]] = [[] for _ in layers]
+        for layer, mine in zip(layers, masses, strict=True):
+            layer.__dict__["forward"] = functools.partial(_softmax, layer, mine)
+        _read(seam, tokens)
     finally:
-        revert_model(windows)
+        revert_model(seam)
+    return [torch.stack(mine).mean(0) for mine in masses]
 
 
-@contextlib.contextmanager
-def _set(layer: ConvertedAttention, **values: Any) -> Iterator[None]:
-    """Other values of a layer's attributes while the context lasts."""
-    before = {name: getattr(layer, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(layer, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(layer, name, value)
+def _softmax(
+    layer: ConvertedAttention, masses: list[Tensor], q: Tensor, k: Tensor, v: Tensor, **options: Any
+) -> Tensor:
+    """The softmax attention of a layer, some queries at a time; adds the ``[H]`` mass of far tokens to ``masses``."""
+    batch, length = q.shape[:2]
+    softcap, sinks = options.get("softcap"), options.get("sink_logits")
+    queries = q.float().unflatten(2, (k.shape[2], -1)) * layer.feature_map.scale  # [B, T, Hkv, H / Hkv, D]
+    outs, far = [], []
+    for start in range(0, length, QUERIES_AT_ONCE):
+        stop = min(start + QUERIES_AT_ONCE, length)
+        at = torch.arange(stop, device=q.device)
+        gap = at[start:, None] - at
+        seen = gap >= 0 if layer.native_window is None else (gap >= 0) & (gap < layer.native_window)
+        logits = torch.einsum("bthgd,bshd->bhgts", queries[:, start:stop], k[:, :stop].float())
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            column = sinks.float().view(k.shape[2], -1, 1, 1).expand(batch, -1, -1, stop - start, 1)
+            logits = torch.cat([logits, column], -1)
+        weights = logits.softmax(-1)[..., :stop]
+        outs.append(torch.einsum("bhgts,bshv->bthgv", weights, v[:, :stop].float()).flatten(2, 3))
+        far.append((weights * ((gap >= layer.window) & (at >= layer.sinks))).sum(-1).flatten(1, 2))
+    masses.append(torch.cat(far, 2)[:, :, layer.window + layer.sinks :].double().mean((0, 2)).cpu())
+    return torch.cat(outs, 1).to(v.dtype)

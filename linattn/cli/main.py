@@ -834,7 +834,9 @@ def _print(table: Table) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(table, width=None if console.is_terminal else 240)
+    if not console.is_terminal:
+        console = Console(width=240)
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def test_tables_hold_the_numbers(report):
     assert layers.rows[0][3] == f"{min(life):,.0f} … {max(life):,.0f}"
     assert [row[0] for row in cache.rows][:2] == ["teacher, 1 at a time", "teacher, 64 at a time"]
     assert [row[0] for row in recall.rows][1:3] == ["facts, 30 tokens", "more, 6 tokens"]
-    assert recall.columns[1:] == ("teacher", "this model", "equal bytes, untrained")
+    assert recall.columns[1:] == ("teacher", "this model", "equal bytes")
     assert [row[0] for row in speed.rows] == ["8", "32"]
     assert speed.rows[1][1] == f"{report['speed']['teacher'][1]['ms']:.3g} ms"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from linattn import convert_model
-from linattn.audit import layer_telemetry
+from linattn import convert_model, plan_model
+from linattn.audit import layer_telemetry, telemetry
 from linattn.convert import ConvertedAttention, LinattnCacheLayer
 from linattn.diagnostics import kernel_weights, softmax_weights
 from linattn.errors import ConversionError, ShapeError
@@ -47,6 +49,52 @@ def test_far_mass_is_that_of_the_attention_matrices(llama, windows):
         want = [far_share(softmax_weights(q, k)) for _, q, k in theirs]
         got = torch.tensor(layer.teacher_far_mass)
         torch.testing.assert_close(got, torch.stack(want).mean(0).float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("at_once", [7, 256])
+def test_the_teacher_reads_as_it_does_without_being_watched(llama, windows, monkeypatch, at_once):
+    monkeypatch.setattr(telemetry, "QUERIES_AT_ONCE", at_once)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": 20}
+    softcap = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=0.5))
+    sinks = GptOssForCausalLM(GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1))
+    for teacher in (llama(), softcap.eval(), sinks.eval()):
+        with torch.no_grad():
+            for p in teacher.parameters():
+                p.copy_(torch.randn_like(p) / 3)
+        plan = plan_model(teacher, window=WINDOW, sinks=SINKS, native_sliding="convert")
+        outs = []
+        hook = teacher.base_model.register_forward_hook(lambda m, args, out: outs.append(out.last_hidden_state))  # noqa: B023
+        telemetry._teacher_masses(teacher, plan, windows(1, LENGTH))
+        with torch.no_grad():
+            teacher(windows(1, LENGTH), use_cache=False)
+        hook.remove()
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+
+
+def test_sink_logits_take_their_share_of_the_mass(windows):
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    config = GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"])
+    torch.manual_seed(0)
+    teacher, ids = GptOssForCausalLM(config).eval(), windows(1, LENGTH)
+    student = copy.deepcopy(teacher)
+    convert_model(student, window=WINDOW, sinks=SINKS)
+    for model in (teacher, student):
+        torch.nn.init.constant_(model.model.layers[0].self_attn.sinks, -1e4)
+    (without,) = layer_telemetry(teacher, student, ids)
+    for model in (teacher, student):
+        torch.nn.init.constant_(model.model.layers[0].self_attn.sinks, math.log(LENGTH))
+    (with_sinks,) = layer_telemetry(teacher, student, ids)
+    ((layer, q, k),) = calls(student, ids)  # the first layer's are the teacher's
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) * layer.feature_map.scale
+    scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf)
+    column = torch.full((1, 2, LENGTH, 1), math.log(LENGTH))
+    want = far_share(torch.cat([scores, column], -1).softmax(-1)[..., :LENGTH])
+    torch.testing.assert_close(torch.tensor(with_sinks.teacher_far_mass), want, rtol=1e-4, atol=0)
+    # All weights are near one here, as the model's are small: D of them, and as much as LENGTH of them is added.
+    for a, b in zip(without.far_mass, with_sinks.far_mass, strict=True):
+        assert (WINDOW + SINKS) / (WINDOW + SINKS + LENGTH) * a < b < 0.5 * a
 
 
 def test_a_far_branch_without_weight_has_no_mass(llama, windows):
