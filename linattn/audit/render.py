@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from linattn.audit.sentences import mean_of
 from linattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def report_plots(report: dict[str, Any]) -> dict[str, Figure]:
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedError("Plots need matplotlib: pip install 'linattn[plots]'.")
+    _need_matplotlib()
     makers = {
         "loss_by_position": ("models", _plot_losses),
         "recall_by_distance": ("recall", _plot_recall),
@@ -100,14 +100,16 @@ def save_report(
     Raises:
         UnsupportedError: matplotlib is not installed, and ``plots`` asks for it.
     """
-    figures = report_plots(report) if plots else {}
+    if plots:
+        _need_matplotlib()
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    figures = report_plots(report) if plots else {}
     images = [out / f"{name}.png" for name in figures]
     for path, figure in zip(images, figures.values(), strict=True):
         figure.savefig(path, dpi=150)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    (out / "report.json").write_text(text + "\n", encoding="utf-8")
     markdown = to_markdown(report, title=title, images=tuple(path.name for path in images))
     (out / "report.md").write_text(markdown, encoding="utf-8")
     return [out / "report.json", out / "report.md", *images]
@@ -132,7 +134,10 @@ def _differences(report: dict[str, Any]) -> ReportTable:
 
 
 def _ratio(gain: dict[str, Any]) -> str:
-    return "–" if gain["ratio"] is None else f"{gain['ratio']:.3f} ± {gain['standard_error']:.3f}"
+    if gain["ratio"] is None:
+        return "–"
+    error = gain["standard_error"]
+    return f"{gain['ratio']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _counterfactual(report: dict[str, Any]) -> ReportTable:
@@ -146,14 +151,12 @@ def _counterfactual(report: dict[str, Any]) -> ReportTable:
 def _telemetry(report: dict[str, Any]) -> ReportTable:
     rows = []
     for layer in report["telemetry"]["layers"]:
-        ranks = [rank for rank in layer["effective_rank"] if rank is not None]
-        rank = f"{sum(ranks) / len(ranks):.1f} of {layer['greatest_rank']}" if ranks else "–"
         rows.append(
             (
                 str(layer["layer"]),
-                *(f"{sum(layer[name]) / len(layer[name]):.3f}" for name in ("far_mass", "teacher_far_mass")),
+                *(f"{mean_of(layer[name]):.3f}" for name in ("far_mass", "teacher_far_mass")),
                 _half_lives(layer["half_life"]),
-                rank,
+                f"{mean_of(layer['effective_rank']):.1f} of {layer['greatest_rank']}",
             )
         )
     columns = ("layer", "far mass", "teacher's", "half-lives in tokens", "effective rank")
@@ -230,6 +233,11 @@ def _bytes(count: float) -> str:
 # Plots.
 
 
+def _need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedError("Plots need matplotlib: pip install 'linattn[plots]'.")
+
+
 def _figure(columns: int = 1, *, share: bool = False) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
@@ -284,7 +292,8 @@ def _plot_far_mass(report: dict[str, Any]) -> Figure:
     most = max(mass or 0 for layer in layers for name in panels for mass in layer[name])
     figure, axes = _figure(2, share=True)
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
-        mass = [layer[name] + [math.nan] * (heads - len(layer[name])) for layer in layers]
+        mass = [[math.nan if m is None else m for m in layer[name]] for layer in layers]
+        mass = [row + [math.nan] * (heads - len(row)) for row in mass]
         image = ax.imshow(mass, vmin=0, vmax=most, cmap="viridis", aspect="auto", interpolation="nearest")
         ax.set_title(title)
         ax.set_xlabel("head")

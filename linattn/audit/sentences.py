@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 NAMES = {"teacher": "its teacher", "control": "the untrained window of equal bytes"}
@@ -41,6 +41,8 @@ def _counterfactual(found: dict[str, Any], reach: int) -> Iterator[str]:
     stack = models["student"]["beyond_stack"]
     if stack is not None:
         changes = f"by {stack['mean']:.2g} nats" if stack["mean"] else "not at all"
+        if alone := models["far_off"]["beyond_stack"]["mean"]:
+            changes += f" (by {alone:.2g} without the far branch, through layers kept softmax)"
         yield (
             f"Further back than {found['stacked_reach']} tokens, where its windows see nothing however they are "
             f"stacked, it changes them {changes}, its teacher's by {models['teacher']['beyond_stack']['mean']:.2g}."
@@ -52,16 +54,18 @@ def _kl(models: dict[str, Any], name: str) -> str:
 
 
 def _telemetry(layers: list[dict[str, Any]]) -> Iterator[str]:
-    student, teacher = ([_mean(layer[name]) for layer in layers] for name in ("far_mass", "teacher_far_mass"))
-    faint = sum(a < FAINT * b for a, b in zip(student, teacher, strict=True))
+    ours, theirs = ([mean_of(layer[name]) for layer in layers] for name in ("far_mass", "teacher_far_mass"))
+    faint = sum(a < FAINT * b for a, b in zip(ours, theirs, strict=True))
     yield (
-        f"Of its attention {_mean(student):.1%} goes beyond window and sinks, of its teacher's {_mean(teacher):.1%}; "
+        f"Of its attention {mean_of(ours):.1%} goes beyond window and sinks, of its teacher's {mean_of(theirs):.1%}; "
         f"less than a tenth of its teacher's in {faint} of {len(layers)} converted layers."
     )
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def mean_of(values: Sequence[float | None]) -> float:
+    """The mean of the numbers among ``values``; NaN without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _cache(found: dict[str, Any]) -> Iterator[str]:

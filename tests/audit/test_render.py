@@ -19,6 +19,7 @@ from linattn.audit import (
     save_report,
     to_markdown,
 )
+from linattn.audit.sentences import part_sentences
 from linattn.errors import UnsupportedError
 
 plots = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the package matplotlib")
@@ -69,6 +70,19 @@ def test_parts_that_were_not_measured_are_left_out(report):
         "With the cache against without",
         "Recall",
     ]
+
+
+@plots
+def test_numbers_that_are_not_finite_are_no_obstacle(report, tmp_path):
+    report["far_gain"] |= {"standard_error": None}
+    first = report["telemetry"]["layers"][0]
+    first |= {"far_mass": [None, *first["far_mass"][1:]], "half_life": [None, 5.0], "effective_rank": [None, None]}
+    for bucket in report["beyond_reach"].values():
+        bucket["standard_error"] = None
+    save_report(report, tmp_path)
+    rows = report_tables(report)[3].rows
+    assert rows[0][1:] == (f"{sum(first['far_mass'][1:]) / 3:.3f}", rows[0][2], "5 … ∞", "nan of 8")
+    assert part_sentences(report)
 
 
 def test_markdown(report):

@@ -23,6 +23,8 @@ def test_another_past():
         _, says = part_sentences(past(student=kl(0.02, stack), teacher=kl(0.3, 0.2), far_off=kl(0.001, 0.0)))
         assert "Further back than 17 tokens" in says
         assert words in says
+    _, says = part_sentences(past(student=kl(0.02, 0.05), teacher=kl(0.3, 0.2), far_off=kl(0.001, 0.01)))
+    assert "by 0.05 nats (by 0.01 without the far branch, through layers kept softmax), its teacher's" in says
     nothing = {"beyond_reach": None, "beyond_stack": None}
     assert part_sentences(past(student=nothing, teacher=nothing, far_off=nothing)) == []
 
