@@ -269,6 +269,25 @@ def test_the_parts_of_an_audit_are_those_of_the_library() -> None:
     assert AUDIT_PARTS == PARTS
 
 
+@pytest.mark.parametrize(("special", "prefix"), [([1], [1]), ([2], [])])
+def test_recall_prompts_begin_as_the_tokenizer_begins(
+    monkeypatch: pytest.MonkeyPatch, special: list[int], prefix: list[int]
+) -> None:
+    from linattn.cli._audit import recall_measure
+
+    class Tokenizer:
+        all_special_ids = special
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [1] * add_special_tokens + [ord(c) for c in text]
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("linattn.audit.recall_by_distance", lambda *a, **k: asked.update(k, model=a[0]), raising=False)
+    options = {"distances": [9], "prompts": 2, "candidates": 4, "seed": 5}
+    recall_measure(Tokenizer(), torch.arange(9), **options)("a model")  # type: ignore[arg-type]
+    assert asked == {**options, "prefix": prefix, "model": "a model"}
+
+
 def test_an_audit_without_plots_says_so(
     saved: Path, converted: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

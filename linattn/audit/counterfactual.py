@@ -40,7 +40,7 @@ def counterfactual_kl(
 
     Args:
         model: a causal model, called as ``model(ids, use_cache=False).logits``.
-        tokens: ``[N, T]`` int64. others: ``[N, T]`` the other documents; default, each window has the next one's.
+        tokens: ``[N, T]`` int64. others: ``[N, T]`` the other documents; default, of each window the one before it.
         boundary: first position that is intact again, ``sinks < boundary < T``.
         sinks: first tokens that stay, because all later ones attend to them exactly.
         progress: called with (windows done, windows in all).

@@ -33,6 +33,15 @@ def test_a_cache_that_forgets_is_seen(llama, windows, monkeypatch):
     assert all_at_once.agree == 1.0
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_difference_is_the_greatest_of_either_sign(llama, windows, sign):
+    model = llama()
+    model.lm_head.register_forward_hook(lambda m, args, out: out + 3 * sign if out.shape[1] == 1 else out)
+    one, _ = compare_cached(model, windows(2, 40), chunks=(1, 8))
+    assert one.difference == pytest.approx(3, rel=1e-3)
+    assert one.agree == 1.0
+
+
 def test_the_figures_are_those_of_the_logits(llama, windows):
     model, ids = llama(), windows(2, 40)
     with torch.no_grad():

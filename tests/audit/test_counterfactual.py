@@ -39,6 +39,8 @@ def test_it_is_the_divergence_of_the_two_forward_passes(llama, windows):
         p, q = (model(x, use_cache=False).logits[:, 9:].double().log_softmax(-1) for x in (ids, changed))
     torch.testing.assert_close(got, (p.exp() * (p - q)).sum(-1))
     assert reports == [(1, 2), (2, 2)]
+    default = counterfactual_kl(model, ids, boundary=9, sinks=1)
+    assert torch.equal(default, counterfactual_kl(model, ids, ids[[1, 0]], boundary=9, sinks=1))
 
 
 def test_the_same_past_changes_nothing(llama, windows):

@@ -96,8 +96,9 @@ def test_where_tokens_join_question_and_answer_what_they_share_is_asked():
 class Reader(nn.Module):
     """Finds the last statement of the key asked for among the last ``reach`` tokens; else it says 9."""
 
-    def __init__(self, reach: int) -> None:
+    def __init__(self, reach: int, second: int = 1) -> None:
         super().__init__()
+        self.second = second
         self.reach, self.weight = reach, nn.Parameter(torch.zeros(1))
         self.generation_config = SimpleNamespace(eos_token_id=0)
 
@@ -108,7 +109,7 @@ class Reader(nn.Module):
         for row in ids.tolist():
             known = {key: value for key, value, end in facts(row[:-2]) if len(row) - end < self.reach}
             value = known.get(row[-1], 8)
-            said.append([*row, value, value + 1])
+            said.append([*row, value, value + self.second])
         return torch.tensor(said)
 
 
@@ -132,6 +133,11 @@ def test_generation_finds_what_the_model_remembers():
         ("lookup", 80, 0.0),
     ]
     assert reports == [(5 * i, 30) for i in range(1, 7)]
+
+
+def test_half_an_answer_is_none():
+    (found,) = recall_by_distance(Reader(reach=99, second=2), [task()], TEXT, distances=[20], prompts=4, lead=20)
+    assert found.found == 0
 
 
 def test_standard_errors():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from linattn import convert_model
-from linattn.audit import decode_speed, faster_from, state_bytes
+from linattn.audit import decode_speed, faster_from, speed, state_bytes
 from linattn.audit.speed import DecodeSpeed
 from linattn.errors import OptionError, ShapeError
 
@@ -31,6 +33,14 @@ def test_steps_follow_the_text_at_each_length(llama, windows, monkeypatch, conve
         assert at.steps == 2
         assert 0 < at.fastest <= at.ms <= at.slowest
         assert at.bytes == 2 * state_bytes(model, at.length).total
+
+
+def test_times_are_those_of_the_steps_after_the_warm_up(llama, windows, monkeypatch):
+    took = [9.0, 8.0, 7.0, 0.004, 0.001, 0.002]  # seconds of each step, the first three to warm up
+    clock = [t for start, each in enumerate(took) for t in (100.0 * start, 100.0 * start + each)]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=iter(clock).__next__))
+    (at,) = decode_speed(llama(), windows()[0], lengths=[8], steps=3)
+    assert (at.ms, at.fastest, at.slowest) == pytest.approx((2.0, 1.0, 4.0))
 
 
 def measured(*ms: float) -> list[DecodeSpeed]:
