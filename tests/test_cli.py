@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -77,7 +78,7 @@ def test_help_is_quick_and_says_what_matters() -> None:
     assert "Exit codes" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "generate", "info", "maps"])
+@pytest.mark.parametrize("command", ["plan", "convert", "generate", "info", "maps", "audit"])
 def test_every_command_has_examples(command: str) -> None:
     assert f"linattn {command}" in cli(command, "--help").output
 
@@ -194,6 +195,109 @@ def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Pat
     assert f"{report['equal_at_tokens']:,} tokens" in text
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two texts, of 200 and of 60 words that the tokenizer knows."""
+    paths = []
+    for name, count in (("long", 200), ("short", 60)):
+        paths.append(tmp_path_factory.mktemp("texts") / f"{name}.txt")
+        words = torch.randint(3, len(WORDS), (count,), generator=torch.Generator().manual_seed(count))
+        paths[-1].write_text(" ".join(WORDS[i] for i in words), encoding="utf-8")
+    return paths
+
+
+AUDIT = ("--length", 48, "--windows", 4, "--prompts", 2, "--distance", 40, "--distance", 10)
+
+
+def test_audit_writes_and_prints_what_audit_model_measures(
+    saved: Path, converted: Path, texts: list[Path], tmp_path: Path
+) -> None:
+    from linattn.audit import audit_model
+
+    out = tmp_path / "report"
+    files = [word for path in texts for word in ("--text", path)]
+    ask = ("audit", converted, "--teacher", saved, *files, *AUDIT)
+    done = cli(*ask, "--decode-length", 30, "--decode-length", 4, "--out", out)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert [line[2:] for line in done.stdout.splitlines() if line.startswith("• ")] == report["verdict"]
+    for title in ("Cross-entropy by position", "Layers", "Recall, 2 prompts each", "Decoding"):
+        assert title in done.stdout
+    markdown = (out / "report.md").read_text(encoding="utf-8")
+    assert markdown.startswith(f"# {converted}, converted from {saved}\n\n1. {report['verdict'][0]}")
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert len(list(out.glob("*.png"))) == 4
+        assert "(far_mass.png)" in markdown
+    assert (report["model"], report["teacher"], report["dtype"]) == (str(converted), str(saved), "float32")
+    assert [(each["task"], each["distance"]) for each in report["recall"]["student"]] == [
+        (task, distance) for task in ("passkey", "needle", "lookup") for distance in (10, 40)
+    ]
+    assert [row["length"] for row in report["speed"]["student"]] == [4, 30]
+
+    # The windows are those of the texts in turn, up to the end of the shorter one.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    long, short = (torch.tensor(tokenizer.encode(path.read_text(), add_special_tokens=False)) for path in texts)
+    tokens = torch.stack([long[:48], short[:48], long[48:96], long[96:144]])
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    parts = ["losses", "far_gain", "counterfactual", "telemetry", "cache"]
+    expected = audit_model(teacher, linattn.load(converted), tokens, parts=parts)
+    for part in ("models", "beyond_reach", "far_gain", "counterfactual", "telemetry", "cache", "cheaper_from"):
+        assert report[part] == expected[part]
+
+    assert "--force" in cli(*ask, "--out", out, code=1).stderr
+    again = cli(*ask, "--out", out, "--force", "--parts", "cache,telemetry", "--json").stdout
+    assert json.loads(again) == json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert not {"models", "recall", "speed"} & json.loads(again).keys()
+
+
+def test_audit_compares_with_a_trained_control(saved: Path, converted: Path, texts: list[Path], tmp_path: Path) -> None:
+    from linattn.audit import equal_bytes_plan
+
+    plan = equal_bytes_plan(linattn.load(converted))
+    plan.save(tmp_path / "plan.json")
+    cli("convert", saved, tmp_path / "control", "--plan", tmp_path / "plan.json")
+    ask = ("audit", converted, "--teacher", saved, "--text", texts[0], *AUDIT, "--parts", "losses", "--json")
+    report = json.loads(cli(*ask, "--control", tmp_path / "control").stdout)
+    assert report["models"]["trained_control"] == report["models"]["control"]  # it is not trained here
+    cli("convert", saved, tmp_path / "bf16", "--plan", tmp_path / "plan.json", "--dtype", "bfloat16")
+    assert "pass --dtype" in cli(*ask, "--control", tmp_path / "bf16", code=1).stderr
+
+
+def test_the_parts_of_an_audit_are_those_of_the_library() -> None:
+    from linattn.audit.report import PARTS
+    from linattn.cli.main import AUDIT_PARTS
+
+    assert AUDIT_PARTS == PARTS
+
+
+@pytest.mark.parametrize(("special", "prefix"), [([1], [1]), ([2], [])])
+def test_recall_prompts_begin_as_the_tokenizer_begins(
+    monkeypatch: pytest.MonkeyPatch, special: list[int], prefix: list[int]
+) -> None:
+    from linattn.cli._audit import recall_measure
+
+    class Tokenizer:
+        all_special_ids = special
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [1] * add_special_tokens + [ord(c) for c in text]
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("linattn.audit.recall_by_distance", lambda *a, **k: asked.update(k, model=a[0]), raising=False)
+    options = {"distances": [9], "prompts": 2, "candidates": 4, "seed": 5}
+    recall_measure(Tokenizer(), torch.arange(9), **options)("a model")  # type: ignore[arg-type]
+    assert asked == {**options, "prefix": prefix, "model": "a model"}
+
+
+def test_an_audit_without_plots_says_so(
+    saved: Path, converted: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    ask = ("audit", converted, "--teacher", saved, "--text", texts[0], *AUDIT, "--parts", "cache")
+    assert "linattn[plots]" in cli(*ask, "--out", tmp_path / "out").stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md"]
+
+
 def test_info_of_a_model_as_it_is(saved: Path) -> None:
     assert "Not converted" in cli("info", saved).stdout
     report = json.loads(cli("info", saved, "--json").stdout)
@@ -223,6 +327,8 @@ def test_gguf_is_planned_without_its_weights(smollm2_gguf: Path) -> None:
 
 # What goes wrong ends in one message and the documented code.
 
+BESIDE = ("--teacher", "MODEL", "--text", "TEXT", "--windows", "2", "--length", "20")
+
 
 @pytest.mark.parametrize(
     ("code", "word", "arguments"),
@@ -240,6 +346,13 @@ def test_gguf_is_planned_without_its_weights(smollm2_gguf: Path) -> None:
         (2, "--sample", ("generate", "MODEL", "-p", "the", "--temperature", "0.5")),
         (2, "exclude", ("generate", "MODEL", "-p", "the", "--stream", "--json")),
         (2, "empty", ("generate", "MODEL", "-p", "")),
+        (1, "make 2 windows of 20", ("audit", "CONVERTED", *BESIDE, "--windows", "3")),
+        (1, "no converted layer", ("audit", "MODEL", *BESIDE)),
+        (1, "converted already", ("audit", "CONVERTED", "--teacher", "CONVERTED", *BESIDE[2:])),
+        (1, "window + sinks = 5", ("audit", "CONVERTED", *BESIDE[:-1], "6")),
+        (2, "--teacher", ("audit", "CONVERTED", "--text", "TEXT")),
+        (2, "--parts speeed", ("audit", "CONVERTED", *BESIDE, "--parts", "speeed")),
+        (3, "nowhere.txt", ("audit", "CONVERTED", "--teacher", "MODEL", "--text", "nowhere.txt")),
         (2, "--device", ("generate", "MODEL", "-p", "the", "--device", "abacus")),
         (3, "no such file", ("info", "./nowhere")),
         (3, "no such file", ("info", "nowhere.gguf")),
@@ -258,7 +371,8 @@ def test_errors(saved: Path, converted: Path, tmp_path: Path, code: int, word: s
     for file in saved.iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path / "weightless")
-    places = {"MODEL": saved, "CONVERTED": converted, "OUT": tmp_path / "out"}
+    (tmp_path / "text").write_text("the cat sat " * 14, encoding="utf-8")
+    places = {"MODEL": saved, "CONVERTED": converted, "OUT": tmp_path / "out", "TEXT": tmp_path / "text"}
     places |= {name.upper(): tmp_path / name for name in ("empty", "broken", "weightless")}
     first, *rest = arguments
     result = cli(first, *(_fill(places, a) for a in rest), code=code)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -20,6 +20,8 @@ from linattn.state import AttentionState
 
 PROBE = 32
 """Tokens that a model is given to see what its cache holds of them."""
+READ_AT_ONCE = 2048
+"""Tokens of a sequence that are read into a cache at a time."""
 LONGEST = 2**30
 """Tokens up to which a length is looked for."""
 
@@ -101,11 +103,22 @@ class _Growth(NamedTuple):
         return StateBytes(self.linear, softmax, length)
 
 
+def empty_cache(model: PreTrainedModel) -> Cache:
+    """A cache that ``model``, converted or not, has yet to fill."""
+    return prepare_cache(model, DynamicCache(config=model.config))
+
+
+@torch.no_grad()
+def read_into(model: PreTrainedModel, cache: Cache, ids: Tensor) -> None:
+    """Let ``model`` read ``ids`` ``[B, T]`` into ``cache``, ``READ_AT_ONCE`` tokens at a time, without the logits."""
+    for part in ids.split(READ_AT_ONCE, dim=1):
+        model.base_model(part, past_key_values=cache, use_cache=True)
+
+
 @torch.no_grad()
 def _measured(model: PreTrainedModel, probe: int) -> _Growth:
     """How the cache of ``model`` grows, from what it holds after ``probe`` tokens, checked against the formula."""
-    cache = DynamicCache(config=model.config)
-    prepare_cache(model, cache)
+    cache = empty_cache(model)
     device = next(model.parameters()).device
     with evaluating(model):
         model(torch.zeros(1, probe, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)

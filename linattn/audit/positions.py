@@ -103,11 +103,11 @@ def token_losses(
     device = next(model.parameters()).device
     losses = []
     with evaluating(model):
-        body, head = _body_and_head(model, tokens[:1, :16].to(device))
+        body, head = body_and_head(model, tokens[:1, :16].to(device))
         for start in range(0, count, rows):
             ids = tokens[start : start + rows].to(device)
             hidden, targets = body(ids[:, :-1])[:, -last:].flatten(0, 1), ids[:, -last:].flatten()
-            width = max(1, LOGITS_AT_ONCE // _vocabulary(head, hidden))
+            width = max(1, LOGITS_AT_ONCE // vocabulary_of(head, hidden))
             slices = zip(hidden.split(width), targets.split(width), strict=True)
             part = [F.cross_entropy(head(h).float(), t, reduction="none") for h, t in slices]
             losses.append(torch.cat(part).view(len(ids), last).cpu())
@@ -150,7 +150,7 @@ def check_tokens(tokens: Tensor) -> None:
         raise ShapeError(f"tokens: got shape {tuple(tokens.shape)}, expected [N, T] with N ≥ 1 and T ≥ 2.")
 
 
-def _body_and_head(model: Any, sample: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def body_and_head(model: Any, sample: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Functions whose composition gives the logits: the output embedding apart, if ``sample`` shows that is all."""
 
     def whole(ids: Tensor) -> Tensor:
@@ -173,5 +173,6 @@ def _same(logits: Tensor) -> Tensor:
     return logits
 
 
-def _vocabulary(head: Any, hidden: Tensor) -> int:
+def vocabulary_of(head: Any, hidden: Tensor) -> int:
+    """Logits per position that ``head`` makes of ``hidden``."""
     return head.out_features if isinstance(head, nn.Linear) else hidden.shape[-1]

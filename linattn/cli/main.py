@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from linattn.kernels.triton.tune import Trial, Tuned
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
+AUDIT_PARTS = ("losses", "far_gain", "counterfactual", "telemetry", "cache", "recall", "speed")
 
 
 class Dtype(str, Enum):
@@ -187,8 +188,7 @@ def convert(
     )
     if plan is not None:
         _refuse_beside_plan(ctx)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise OptionError(f"{out} exists and is not empty; choose another directory, or pass --force.")
+    _refuse_full(out, force)
     with _progress() as step:
         with step("Importing"):
             import torch
@@ -311,6 +311,117 @@ def info(
     about = {"model": model, "model_type": config.model_type, "dtype": str(dtype).removeprefix("torch.")}
     report = about | report
     typer.echo(json.dumps(report, indent=2, ensure_ascii=False)) if as_json else _print_info(report)
+
+
+@app.command()
+def audit(
+    model: Model,
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="The model before its conversion.")],
+    text: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="Text that neither model was trained on; may be repeated.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write report.json, report.md and plots there.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window of text.")] = 2048,
+    windows: Annotated[int, typer.Option(min=2, help="Windows of text.")] = 8,
+    parts: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help=f"What to measure, of {','.join(AUDIT_PARTS)}; default, all of it."),
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A trained window of equal bytes, to compare with as well.")
+    ] = None,
+    distance: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, metavar="TOKENS", help="Of recall; may be repeated. Default 1/16, 1/4 and all of --length."
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Of each recall task at each distance.")] = 16,
+    candidates: Annotated[
+        int, typer.Option(min=0, help="Rank so many answers instead of generating one; 0 generates.")
+    ] = 0,
+    decode_length: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="TOKENS", help="To time decoding at; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the recall prompts.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Write into DIR even if it is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say in words and numbers whether a converted model uses its far branch, and what it lost and gained.
+
+    Measured beside its teacher, itself without its parts and a sliding window of equal bytes: cross-entropy by
+    position, gain from distant text, another past, recall by distance, layer by layer where the attention goes, the
+    cache, time and bytes of decoding.
+
+    Examples:
+
+    - `linattn audit ./converted --teacher ./model --text book.txt --out report`
+
+    - `linattn audit ./converted --teacher ./model --text a.txt --text b.txt --length 8192 --device cuda -o report`
+
+    - `linattn audit ./converted --teacher ./model --text book.txt --parts losses,recall --distance 4096 --json`
+    """
+    if out is not None:
+        _refuse_full(out, force)
+    chosen = AUDIT_PARTS if parts is None else tuple(filter(None, parts.replace(" ", "").split(",")))
+    if not chosen or {*chosen} - {*AUDIT_PARTS}:
+        raise typer.BadParameter(f"--parts {parts}: expected some of {','.join(AUDIT_PARTS)}.")
+    sources = {"model": Source.find(model), "teacher": Source.find(teacher)}
+    if control is not None:
+        sources["control"] = Source.find(control)
+    with _progress() as step:
+        with step("Reading the text"):
+            import torch
+
+            from linattn.audit import audit_model, save_report
+            from linattn.cli._audit import default_distances, read_windows, recall_measure
+
+            where = _device(device)
+            tokenizer = sources["teacher"].tokenizer()
+            tokens = read_windows(text, tokenizer, length=length, count=windows)
+        models: dict[str, Any] = {}
+        for name, source in sources.items():
+            with step(f"Loading {source.name}"):
+                models[name] = source.model(None if dtype is None else getattr(torch, dtype.value)).to(where)
+        if len(dtypes := {str(each.dtype).removeprefix("torch.") for each in models.values()}) > 1:
+            raise OptionError(f"The models are in {' and '.join(sorted(dtypes))}, whose bytes differ; pass --dtype.")
+    recall = None
+    if "recall" in chosen:
+        recall = recall_measure(
+            tokenizer,
+            tokens.flatten(),
+            distances=sorted(distance or default_distances(length)),
+            prompts=prompts,
+            candidates=candidates,
+            seed=seed,
+        )
+    with _measurements() as watch:
+        report = audit_model(
+            models["teacher"],
+            models["model"],
+            tokens,
+            parts=chosen,
+            recall=recall,
+            trained_control=models.get("control"),
+            lengths=sorted(decode_length) if decode_length else None,
+            progress=watch,
+        )
+    about: dict[str, Any] = {"model": model, "teacher": teacher, "dtype": dtypes.pop(), "device": str(where)}
+    about |= {"text": [str(path) for path in text], "linattn": __version__}
+    report = {**about, **report}
+    if out is not None:
+        title = f"{model}, converted from {teacher}"
+        try:
+            written = save_report(report, out, title=title)
+        except UnsupportedError as error:
+            typer.echo(f"note: {error}", err=True)
+            written = save_report(report, out, title=title, plots=False)
+        typer.echo(f"{out}: {', '.join(path.name for path in written)}", err=True)
+    typer.echo(json.dumps(report, indent=2, ensure_ascii=False)) if as_json else _print_audit(report)
 
 
 @app.command()
@@ -465,6 +576,11 @@ def _refuse_beside_plan(ctx: typer.Context) -> None:
         raise typer.BadParameter(f"{', '.join(given)}: the plan settles that already; edit the plan file instead.")
 
 
+def _refuse_full(out: Path, force: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise OptionError(f"{out} exists and is not empty; choose another directory, or pass --force.")
+
+
 def _device(name: str) -> Any:
     import torch
 
@@ -617,6 +733,42 @@ def _bytes(count: float) -> str:
     return f"{count:.4g} {units[0]}"
 
 
+# Auditing.
+
+
+@contextlib.contextmanager
+def _measurements() -> Iterator[Callable[[int, int], None]]:
+    """Measurements done on standard error: a bar on a terminal, else a line each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stderr=False) as progress:
+        task = progress.add_task("Measuring", total=None)
+
+        def watch(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+            if not console.is_terminal:
+                typer.echo(f"Measured {done} of {total}", err=True)
+
+        yield watch
+
+
+def _print_audit(report: dict[str, Any]) -> None:
+    from linattn.audit import report_tables
+
+    for sentence in report["verdict"]:
+        typer.echo(f"• {sentence}")
+    for part in report_tables(report):
+        typer.echo(f"\n{part.title}")
+        table = _table(*part.columns, right=True)
+        table.columns[0].justify = "left"
+        for row in part.rows:
+            table.add_row(*row)
+        _print(table)
+
+
 # Tuning.
 
 
@@ -682,7 +834,9 @@ def _print(table: Table) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(table, width=None if console.is_terminal else 240)
+    if not console.is_terminal:
+        console = Console(width=240)
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,19 @@ import torch
 
 from linattn import convert_model
 from linattn.audit import (
+    RecallTask,
     audit_model,
     by_position,
     cheaper_from,
+    compare_cached,
+    counterfactual_kl,
     equal_bytes_control,
     far_gain,
     far_off,
+    layer_telemetry,
     mean_over,
+    recall_by_distance,
+    stacked_reach,
     state_bytes,
     token_losses,
     verdict,
@@ -81,7 +87,8 @@ def test_it_reports_what_the_parts_measure(llama, text, student):
     progress = lambda *report: reports.append(report)  # noqa: E731
     report = audit_model(teacher, student, ids, edges=EDGES, trained_control=student, stride=3, progress=progress)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert reports == [(done, 9) for done in range(1, 10)]
+    assert reports == [(done, 17) for done in range(1, 18)]
+    assert "recall" not in report
     assert report["cheaper_from"] == cheaper_from(teacher, student)
     assert report["reach"] == WINDOW + SINKS
     full = token_losses(student, ids)
@@ -106,9 +113,90 @@ def test_it_reports_what_the_parts_measure(llama, text, student):
     assert report["far_gain"]["standard_error"] == pytest.approx(gain.standard_error)
 
 
+def some_recall(model):
+    facts = RecallTask("facts", lambda key, value: [1, 30 + value], lambda key, value: ([1], [30 + value]), values=5)
+    return recall_by_distance(model, [facts], torch.arange(3, 9), distances=[6, 30], prompts=4, lead=8)
+
+
+def test_every_part_is_what_its_function_measures(llama, text, student):
+    teacher, ids, reports = llama(), text[4:], []
+    report = audit_model(
+        teacher,
+        student,
+        ids,
+        parts=["counterfactual", "telemetry", "cache", "recall", "speed"],
+        recall=some_recall,
+        trained_control=student,
+        lengths=[16, 64],
+        edges=EDGES,
+        progress=lambda *each: reports.append(each),
+    )
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert reports == [(done, 12) for done in range(1, 13)]
+    assert not {"models", "far_gain"} & report.keys()
+    assert (report["length"], report["windows"]) == (LENGTH, 8)
+
+    past, options = report["counterfactual"], {"boundary": LENGTH // 2, "sinks": SINKS}
+    assert past["stacked_reach"] == stacked_reach(student)
+    with far_off(student):
+        windows_alone = counterfactual_kl(student, ids, **options)
+    measured = {"teacher": counterfactual_kl(teacher, ids, **options), "far_off": windows_alone}
+    measured["student"] = counterfactual_kl(student, ids, **options)
+    for name, values in measured.items():
+        assert past["models"][name] == {
+            **by_position(values, edges=EDGES).as_dict(),
+            "beyond_reach": mean_over(values, start=WINDOW + SINKS + 1).as_dict(),
+            "beyond_stack": mean_over(values, start=stacked_reach(student)).as_dict(),
+        }
+    assert past["models"]["far_off"]["beyond_stack"]["mean"] == 0.0
+    assert past["models"]["student"]["beyond_stack"]["mean"] > 0.0
+
+    layers = layer_telemetry(teacher, student, ids[:4])
+    assert report["telemetry"] == {"layers": json.loads(json.dumps([layer.as_dict() for layer in layers]))}
+    for name, model in (("teacher", teacher), ("student", student)):
+        assert report["cache"][name] == [check._asdict() for check in compare_cached(model, ids[:1])]
+        assert [at["length"] for at in report["speed"][name]] == [16, 64]
+        assert [at["bytes"] for at in report["speed"][name]] == [state_bytes(model, n).total for n in (16, 64)]
+        assert report["recall"][name] == [found.as_dict() for found in some_recall(model)]
+    with equal_bytes_control(teacher, student) as control:
+        assert report["recall"]["control"] == [found.as_dict() for found in some_recall(control)]
+    with far_off(student):
+        assert report["recall"]["trained_control"] == [found.as_dict() for found in some_recall(student)]
+    assert [sentence.split()[0] for sentence in report["verdict"]] == [
+        *("Its", "Another", "Further", "Of", "With", "Task", "Its")
+    ]
+
+
+def test_the_far_gain_alone_is_the_same(llama, text, student):
+    reports, ids = [], text[4:]
+    progress = lambda *each: reports.append(each)  # noqa: E731
+    report = audit_model(llama(), student, ids, parts=["far_gain"], progress=progress)
+    assert report["far_gain"] == far_gain(llama(), student, ids, context=WINDOW + SINKS, start=LENGTH // 2).as_dict()
+    assert reports == [(done, 4) for done in range(1, 5)]
+
+
+@pytest.mark.parametrize("part", ["losses", "recall"])
+def test_the_teacher_is_given_back_also_after_an_error(llama, text, student, part):
+    teacher = llama()
+
+    def fails(model):
+        if model is not student and type(model) is not type(llama()):
+            raise KeyError
+        return some_recall(model)
+
+    def stop(done, total):
+        if part == "losses" and done == 3:
+            raise KeyError
+
+    with pytest.raises(KeyError) as caught:
+        audit_model(teacher, student, text[4:6, :40], parts=[part], recall=fails, progress=stop)
+    assert caught.tb is not None  # which keeps the frames
+    assert type(teacher) is type(llama())
+
+
 def test_the_models_are_left_as_they_were(llama, text, student):
     teacher = llama().train()
-    audit_model(teacher, student, text[4:6, :40], edges=EDGES)
+    audit_model(teacher, student, text[4:6, :40], edges=EDGES, recall=some_recall)
     assert type(teacher) is type(llama())
     assert teacher.training
     torch.testing.assert_close(dict(teacher.state_dict()), dict(llama().state_dict()), rtol=0, atol=0)
@@ -159,6 +247,8 @@ def test_what_cannot_be_audited_is_refused(llama, windows):
         audit_model(llama(), student, windows(1))
     with pytest.raises(ShapeError, match="window \\+ sinks = 10"):
         audit_model(llama(), student, windows(2, 11))
+    with pytest.raises(OptionError, match="got speeed; expected some of losses, far_gain"):
+        audit_model(llama(), student, windows(2), parts=["losses", "speeed"])
     with pytest.raises(OptionError, match="start=9"):
         audit_model(llama(), student, windows(2), start=9)
     with pytest.raises(ConversionError, match="no converted layer"):
