@@ -45,12 +45,14 @@ class Windows:
     ) -> None:
         if isinstance(tokens, str | os.PathLike):
             try:
-                tokens = np.load(tokens, mmap_mode="r", allow_pickle=False)
+                array: np.ndarray = np.load(tokens, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise CheckpointError(
                     f"{tokens}: no file of tokens there ({error}); write one with linattn.distill.data.pack."
                 ) from error
-        self.tokens: np.ndarray = np.asarray(tokens) if isinstance(tokens, Tensor) else tokens
+        else:
+            array = np.asarray(tokens)
+        self.tokens = array
         self.length, self.seed = length, seed
         if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
             raise OptionError(f"tokens: got {self.tokens.dtype} {self.tokens.shape}, expected [N] integer token ids.")

@@ -95,7 +95,7 @@ def prepare(
 
 
 def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor) -> Tensor:
-    """``[H]`` mean over queries of softmax's ``log_far`` ``[T, H]`` − log(the map's far mass); 0 where none has both."""
+    """``[H]`` mean over queries of softmax's ``log_far [T, H]`` − log(the map's far mass); 0 where none has both."""
     phi, length, groups = module.feature_map, q.shape[1], q.shape[2] // k.shape[2]
     at = torch.arange(length, device=q.device)
     positions = (at[None],) if phi.positional else ()

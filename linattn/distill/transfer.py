@@ -29,7 +29,7 @@ class Transfer(Stage):
     What a layer returns to the rest of the model is exact attention, so all layers train in parallel and no teacher
     model is kept. The loss of a layer, with far output and far mass as in :class:`SplitAttention`:
 
-        |hybrid − softmax|² / |softmax|²  +  far_weight · |far − far*|² / |far*|²  +  mass_weight · mean (log m − log m*)²
+        |hybrid − softmax|² / |softmax|² + far_weight · |far − far*|² / |far*|² + mass_weight · mean (log m − log m*)²
 
     (Attention transfer: Zhang et al. 2024, arXiv:2410.10254; per-layer alignment on the teacher's inputs: Bick et al.
     2024, arXiv:2408.10189. Targets of the far branch's own and window dropout: arXiv:2510.05901.)
@@ -90,9 +90,10 @@ class LayerErrors(Objective):
         for path, module in layers.items():
             phi = module.feature_map
             if self.split and (phi.positional or not phi.positive):
+                kind = "positional" if phi.positional else "not positive"
                 raise UnsupportedError(
-                    f"{path}: {type(phi).__name__} is {'positional' if phi.positional else 'not positive'}, and its far "
-                    "branch has no output and mass of its own to compare; set far_weight and mass_weight to 0."
+                    f"{path}: {type(phi).__name__} is {kind}, and its far branch has no output and mass of its own to "
+                    "compare; set far_weight and mass_weight to 0."
                 )
         tensors = {
             f"{path}.linattn.{name}": (name, t)
