@@ -4,6 +4,7 @@ from linattn.distill.calibrate import Calibration, calibrate
 from linattn.distill.data import Windows, pack, read_texts, sample_from_teacher
 from linattn.distill.engine import Stage, Trained, train
 from linattn.distill.logits import CachedTeacher, Logits, cache_teacher
+from linattn.distill.recipe import Report, StageReport, distill, read_stages, write_stages
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.distill.transfer import Transfer
 
@@ -11,16 +12,21 @@ __all__ = [
     "CachedTeacher",
     "Calibration",
     "Logits",
+    "Report",
     "SplitAttention",
     "Stage",
+    "StageReport",
     "Trained",
     "Transfer",
     "Windows",
     "cache_teacher",
     "calibrate",
+    "distill",
     "pack",
+    "read_stages",
     "read_texts",
     "sample_from_teacher",
     "split_attention",
     "train",
+    "write_stages",
 ]

@@ -64,7 +64,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "length", "accumulate", "save_every", "patience"):
-            if getattr(self, name) < 1:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise OptionError(f"{name}: got {getattr(self, name)!r}, expected an integer ≥ 1.")
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -223,19 +223,19 @@ def train(
                     sums = dict(zip(sums, reduce(summed, "mean").tolist(), strict=True))
 
                 norm = float(nn.utils.clip_grad_norm_(masters.values(), stage.clip))
-                finite = math.isfinite(norm) and math.isfinite(sums["loss"])
-                if finite:
+                usable = math.isfinite(norm) and math.isfinite(sums["loss"])
+                if usable:
                     optimizer.param_groups[0]["lr"] = stage.rate(step)
                     optimizer.step()
                     _write_back(objective.parameters, masters)
                 optimizer.zero_grad()
-                skipped, in_a_row = skipped + (not finite), 0 if finite else in_a_row + 1
+                skipped, in_a_row = skipped + (not usable), 0 if usable else in_a_row + 1
                 losses.append(sums["loss"])
                 done, seconds = step + 1, before + time.perf_counter() - started
                 if lines is not None:
                     entry = {"stage": name, "step": done, **sums, "lr": stage.rate(step), "grad_norm": norm}
                     entry |= {"skipped": skipped, "tokens": done * tokens, "seconds": round(seconds, 3)}
-                    lines.write(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n")
+                    lines.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
                     lines.flush()
                 if progress is not None:
                     progress(done, sums)
@@ -269,7 +269,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

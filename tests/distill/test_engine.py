@@ -220,6 +220,7 @@ def test_two_stages_share_one_file_of_metrics(tmp_path):
     ("options", "says"),
     [
         ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
         ({"steps": 3, "warmup": 4}, "warmup"),
         ({"steps": 3, "learning_rate": math.nan}, "learning_rate"),
         ({"steps": 3, "weight_decay": -1.0}, "weight_decay"),
