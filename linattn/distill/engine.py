@@ -24,6 +24,7 @@ from linattn.errors import CheckpointError, NonFiniteError, OptionError
 
 FORMAT = "linattn-distill-1"
 METRICS = "metrics.jsonl"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FREE = ("save_every", "patience", "data")
 """Options that may change between a run and its continuation; of the data, the first batch is compared instead."""
 
@@ -202,7 +203,7 @@ def train(
             _restore(tensors, objective, masters, optimizer, updates=done - skipped)
         losses = _kept_lines(log, name, done, rewrite=writing) if out is not None else []
         state.wait_for_everyone()
-        resumed_at, started, tokens = done, time.perf_counter(), 0
+        resumed_at, started, per_step = done, time.perf_counter(), 0
 
         with open(log, "a", encoding="utf-8") if writing else contextlib.nullcontext() as lines:
             for step in range(done, stage.steps):
@@ -214,7 +215,7 @@ def train(
                         for key, value in objective(batch).items():
                             sums[key] = sums.get(key, 0.0) + value / stage.accumulate
                     _collect(objective.parameters, masters)
-                    tokens = batch.tokens.numel() * stage.accumulate * state.num_processes
+                    per_step = batch.tokens.numel() * stage.accumulate * state.num_processes
                 for master in masters.values():
                     grad = torch.zeros_like(master) if master.grad is None else master.grad / stage.accumulate
                     master.grad = reduce(grad, "mean") if state.num_processes > 1 else grad
@@ -234,7 +235,7 @@ def train(
                 done, seconds = step + 1, before + time.perf_counter() - started
                 if lines is not None:
                     entry = {"stage": name, "step": done, **sums, "lr": stage.rate(step), "grad_norm": norm}
-                    entry |= {"skipped": skipped, "tokens": done * tokens, "seconds": round(seconds, 3)}
+                    entry |= {"skipped": skipped, "tokens": done * per_step, "seconds": round(seconds, 3)}
                     lines.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
                     lines.flush()
                 if progress is not None:
@@ -246,7 +247,7 @@ def train(
                     )
                 if writing and (done % stage.save_every == 0 or done == stage.steps):
                     counts = {"step": done, "skipped": skipped, "in_a_row": in_a_row, "seconds": seconds}
-                    _save(path, settings, counts, objective, masters, optimizer)
+                    _save(path, settings, counts, objective, masters, optimizer if done < stage.steps else None)
     state.wait_for_everyone()
     return Trained(losses, skipped, resumed_at, before + time.perf_counter() - started)
 
@@ -338,13 +339,14 @@ def _save(
     counts: dict[str, Any],
     objective: Objective,
     masters: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
 ) -> None:
+    """Write a checkpoint; a finished stage needs no optimizer any more."""
     tensors = {f"held.{key}": t for key, t in objective.held.items()}
     for key, master in masters.items():
         tensors[f"master.{key}"] = master
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in optimizer.state[master]:
+        for moment in MOMENTS:
+            if optimizer is not None and master in optimizer.state:
                 tensors[f"{moment}.{key}"] = optimizer.state[master][moment]
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     metadata = {"format": FORMAT, "counts": json.dumps(counts), "settings": json.dumps(settings)}
@@ -387,8 +389,8 @@ def _restore(
         t.copy_(tensors[f"held.{key}"])
     for key, master in masters.items():
         master.copy_(tensors[f"master.{key}"])
-        if updates:
-            moments = {m: tensors[f"{m}.{key}"].to(master.device) for m in ("exp_avg", "exp_avg_sq")}
+        if f"{MOMENTS[0]}.{key}" in tensors:
+            moments = {m: tensors[f"{m}.{key}"].to(master.device) for m in MOMENTS}
             optimizer.state[master] = {"step": torch.tensor(float(updates)), **moments}
     _write_back(objective.parameters, masters)
 

@@ -147,10 +147,13 @@ class LayerErrors(Objective):
             return split.out.to(v.dtype)
 
         self._forward(batch, answer)
-        self.errors = {path: found["hybrid"].item() for path, found in terms.items() if "hybrid" in found}
-        names = dict.fromkeys(name for found in terms.values() for name in found)
-        means = {name: torch.stack([found[name] for found in terms.values() if name in found]).mean() for name in names}
-        return {name: mean.item() for name, mean in means.items()}
+        flat = [(path, name) for path, found in terms.items() for name in found]
+        values = torch.stack([terms[path][name] for path, name in flat]).tolist()  # one wait for the device
+        self.errors = {path: value for (path, name), value in zip(flat, values, strict=True) if name == "hybrid"}
+        by_name: dict[str, list[float]] = {}
+        for (_, name), value in zip(flat, values, strict=True):
+            by_name.setdefault(name, []).append(value)
+        return {name: sum(found) / len(found) for name, found in by_name.items()}
 
     def _forward(self, batch: Batch, answer: Callable[..., Tensor]) -> None:
         with answered(self.layers, answer):

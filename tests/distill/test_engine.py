@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from linattn.distill.engine import METRICS, Batch, Objective, Stage, train
+from linattn.distill.data import Windows
+from linattn.distill.engine import METRICS, Batch, Objective, Stage, derived_seed, train
 from linattn.errors import CheckpointError, NonFiniteError, OptionError
 
 STAGE = Stage(steps=12, learning_rate=0.05, warmup=3, weight_decay=0.01, rows=2, length=8, save_every=5)
@@ -123,8 +127,6 @@ def test_it_is_adamw_with_a_warm_up_and_a_cosine():
     objective.prepare(batches(0))
     other.eval()
     optimizer = torch.optim.AdamW(other[0].parameters(), weight_decay=0.01)
-    from linattn.distill.engine import derived_seed
-
     for step in range(12):
         torch.manual_seed(derived_seed(0, step, 0))
         optimizer.zero_grad()
@@ -230,3 +232,48 @@ def test_two_stages_share_one_file_of_metrics(tmp_path):
 def test_options_outside_their_domain_are_refused(options, says):
     with pytest.raises(OptionError, match=says):
         Stage(**options)
+
+
+class Plain(Regression):
+    """Without noise, which every process would draw for itself."""
+
+    def __call__(self, batch: Batch) -> dict[str, float]:
+        x = batch.tokens.to(self.model[0].weight.dtype) / 32
+        loss = (self.model(x) - x.mean(1, keepdim=True)).square().mean()
+        loss.backward()
+        return {"loss": loss.item()}
+
+
+def rows(count: int, rank: int = 0, processes: int = 1) -> Callable[[int], Batch]:
+    return Windows(np.arange(600) % 32, 8).batches(count, rank=rank, processes=processes)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_on_all_their_rows(tmp_path):
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from accelerate import PartialState
+        from safetensors.torch import save_file
+        from test_engine import *
+        state, model = PartialState(), network()
+        assert state.num_processes == 2
+        done = train(model, Plain(model), rows(1, state.process_index, 2), STAGE, out={str(tmp_path)!r})
+        save_file(dict(model.state_dict()), f"{tmp_path}/{{state.process_index}}.model")
+    """
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(code))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"{rank}.model") for rank in range(2))
+    check_equal(first, second)
+    assert [line["tokens"] for line in lines(tmp_path)] == [16 * step for step in range(1, 13)]
+
+    whole = network()
+    objective = Plain(whole)
+    objective.prepare = lambda batch: Plain.prepare(objective, batch._replace(tokens=batch.tokens[:1]))
+    want = train(whole, objective, rows(2), STAGE)
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx(want.losses, rel=1e-4)
+    for name, t in first.items():
+        torch.testing.assert_close(t, whole.state_dict()[name], rtol=1e-4, atol=1e-5)
