@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from linattn._modes import evaluating
 from linattn.errors import CheckpointError, NonFiniteError, OptionError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 FORMAT = "linattn-distill-1"
 METRICS = "metrics.jsonl"
@@ -169,10 +172,9 @@ def train(
         NonFiniteError: ``patience`` steps in a row, or all steps, had no finite gradient.
         CheckpointError: the checkpoint cannot be read, or belongs to another stage, model or data.
     """
-    from accelerate import PartialState
     from accelerate.utils import broadcast, reduce
 
-    state = PartialState()
+    state = processes()
     writing = out is not None and state.is_main_process
     folder = Path("." if out is None else out)
     path, log = folder / f"{name}.safetensors", folder / METRICS
@@ -250,6 +252,13 @@ def train(
                     _save(path, settings, counts, objective, masters, optimizer if done < stage.steps else None)
     state.wait_for_everyone()
     return Trained(losses, skipped, resumed_at, before + time.perf_counter() - started)
+
+
+def processes() -> PartialState:
+    """The processes of this run: those that ``accelerate launch`` or torchrun started, or one."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def derived_seed(*parts: Any) -> int:

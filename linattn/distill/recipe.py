@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from linattn.distill.data import Windows
-from linattn.distill.engine import Stage, finite, train, write_atomically
+from linattn.distill.engine import Stage, finite, processes, train, write_atomically
 from linattn.distill.logits import CachedTeacher, Logits
 from linattn.distill.transfer import Transfer
 from linattn.errors import LinattnError, OptionError
@@ -88,8 +88,6 @@ def distill(
         OptionError: there are no stages, or a stage has no data.
         ConversionError, UnsupportedError, NonFiniteError, CheckpointError: as the stages and :func:`train` say.
     """
-    from accelerate import PartialState
-
     if not stages:
         raise OptionError("stages: got none, expected at least one, as Transfer(steps=1000).")
     names = [f"{number}-{_kind(stage)}" for number, stage in enumerate(stages, 1)]
@@ -97,7 +95,7 @@ def distill(
     for name, path in zip(names, paths, strict=True):
         if path is None:
             raise OptionError(f"data: stage {name} names no file of tokens; pass one that pack() wrote.")
-    state, folder = PartialState(), Path(out)
+    state, folder = processes(), Path(out)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_stages(stages, folder / "stages.json")

@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import linattn
 from linattn.distill.data import Windows
 from linattn.distill.engine import METRICS, Batch, Objective, Stage, derived_seed, train
 from linattn.errors import CheckpointError, NonFiniteError, OptionError
 
+HERE = [str(Path(__file__).parent), str(Path(linattn.__file__).parents[1])]
 STAGE = Stage(steps=12, learning_rate=0.05, warmup=3, weight_decay=0.01, rows=2, length=8, save_every=5)
 
 
@@ -102,7 +104,7 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path, dtype, break_at):
 def test_a_killed_process_resumes_to_the_bit(tmp_path):
     code = f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = {HERE!r}
         from test_engine import *
         model = network()
         train(model, Regression(model, 8, "kill"), batches, STAGE, out={str(tmp_path / "killed")!r})
@@ -252,18 +254,18 @@ def rows(count: int, rank: int = 0, processes: int = 1) -> Callable[[int], Batch
 def test_two_processes_train_as_one_on_all_their_rows(tmp_path):
     code = f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from accelerate import PartialState
+        sys.path[:0] = {HERE!r}
+        from linattn.distill.engine import processes
         from safetensors.torch import save_file
         from test_engine import *
-        state, model = PartialState(), network()
+        state, model = processes(), network()
         assert state.num_processes == 2
         done = train(model, Plain(model), rows(1, state.process_index, 2), STAGE, out={str(tmp_path)!r})
         save_file(dict(model.state_dict()), f"{tmp_path}/{{state.process_index}}.model")
     """
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(code))
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second = (load_file(tmp_path / f"{rank}.model") for rank in range(2))
