@@ -2,16 +2,18 @@
 
 from linattn.distill.calibrate import Calibration, calibrate
 from linattn.distill.data import Windows, pack, read_texts, sample_from_teacher
-from linattn.distill.engine import Stage, Trained, train
+from linattn.distill.engine import Batch, Objective, Stage, Trained, train
 from linattn.distill.logits import CachedTeacher, Logits, cache_teacher
 from linattn.distill.recipe import Report, StageReport, distill, read_stages, write_stages
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.distill.transfer import Transfer
 
 __all__ = [
+    "Batch",
     "CachedTeacher",
     "Calibration",
     "Logits",
+    "Objective",
     "Report",
     "SplitAttention",
     "Stage",

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "linattn-distill-1"
 METRICS = "metrics.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FREE = ("save_every", "patience", "data")
+FREE = ("save_every", "patience", "data", "held_out")
 """Options that may change between a run and its continuation; of the data, the first batch is compared instead."""
 
 Progress = Callable[[int, Mapping[str, float]], None]
@@ -50,6 +50,8 @@ class Stage:
         save_every: steps between checkpoints.
         patience: this many steps in a row without finite gradients end the stage.
         data: file of tokens (see :mod:`linattn.distill.data`).
+        held_out: file of tokens that are measured, not trained on: its first ``held_out_windows`` windows, every
+            ``measure_every`` steps and at the end. Training data of little variety is soon learnt by heart.
     """
 
     steps: int
@@ -65,9 +67,22 @@ class Stage:
     save_every: int = 200
     patience: int = 20
     data: str = ""
+    held_out: str = ""
+    held_out_windows: int = 8
+    measure_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows", "length", "accumulate", "save_every", "patience"):
+        counts = (
+            "steps",
+            "rows",
+            "length",
+            "accumulate",
+            "save_every",
+            "patience",
+            "held_out_windows",
+            "measure_every",
+        )
+        for name in counts:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise OptionError(f"{name}: got {getattr(self, name)!r}, expected an integer ≥ 1.")
         for name in ("learning_rate", "weight_decay"):
@@ -93,11 +108,13 @@ class Batch(NamedTuple):
         tokens: ``[B, T]`` int64 without padding.
         windows: number of each row in the data, which is what cached targets go by.
         step: optimizer step it belongs to, from 0.
+        held_out: measured, not trained on: without what makes training random.
     """
 
     tokens: Tensor
     windows: tuple[int, ...] = ()
     step: int = 0
+    held_out: bool = False
 
 
 class Objective:
@@ -113,6 +130,10 @@ class Objective:
 
     def prepare(self, batch: Batch) -> None:
         """Settle starting values on the first batch; called once in the life of a stage, not when it resumes."""
+
+    def factor(self, name: str) -> float:
+        """How many times the stage's learning rate the parameter ``name`` learns at."""
+        return 1.0
 
     def __call__(self, batch: Batch) -> dict[str, float]:
         """Add this batch's gradients to the parameters' ``grad``; returns ``"loss"`` and whatever else to log."""
@@ -141,6 +162,7 @@ def train(
     batches: Callable[[int], Batch],
     stage: Stage,
     *,
+    held_out: Sequence[Batch] = (),
     name: str = "train",
     out: str | os.PathLike[str] | None = None,
     resume: bool = True,
@@ -161,6 +183,8 @@ def train(
         objective: see :class:`Objective`.
         batches: the batch of a number, from 0 to ``steps · accumulate − 1``, different on each process.
         stage: how to train.
+        held_out: batches that are measured every ``measure_every`` steps and at the end: metrics get the mean of each
+            number over them, as ``held_out_loss`` and so on.
         name: of the stage, in the files it writes.
         out: folder for ``metrics.jsonl``, one JSON object a step (``loss`` and the objective's other numbers,
             ``lr``, ``grad_norm`` before clipping, ``skipped`` so far, ``tokens`` and ``seconds`` so far), and for
@@ -172,7 +196,7 @@ def train(
         NonFiniteError: ``patience`` steps in a row, or all steps, had no finite gradient.
         CheckpointError: the checkpoint cannot be read, or belongs to another stage, model or data.
     """
-    from accelerate.utils import broadcast, reduce
+    from accelerate.utils import broadcast
 
     state = processes()
     writing = out is not None and state.is_main_process
@@ -180,6 +204,8 @@ def train(
     path, log = folder / f"{name}.safetensors", folder / METRICS
     if writing:
         folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
     first = batches(0)
     settings = _settings(model, objective, stage, first.tokens)
     restored = None
@@ -195,8 +221,13 @@ def train(
                 for t in [*objective.parameters.values(), *objective.held.values()]:
                     t.data.copy_(broadcast(t.data))
         masters = {key: p.detach().to(_wide(p)) for key, p in objective.parameters.items()}
+        groups: dict[float, list[Tensor]] = {}
+        for key, master in masters.items():
+            groups.setdefault(objective.factor(key), []).append(master)
         optimizer = torch.optim.AdamW(
-            list(masters.values()), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay
+            [{"params": params, "factor": factor} for factor, params in groups.items()],
+            betas=stage.betas,
+            weight_decay=stage.weight_decay,
         )
         done, skipped, in_a_row, before = 0, 0, 0, 0.0
         if restored is not None:
@@ -218,23 +249,21 @@ def train(
                             sums[key] = sums.get(key, 0.0) + value / stage.accumulate
                     _collect(objective.parameters, masters)
                     per_step = batch.tokens.numel() * stage.accumulate * state.num_processes
-                for master in masters.values():
-                    grad = torch.zeros_like(master) if master.grad is None else master.grad / stage.accumulate
-                    master.grad = reduce(grad, "mean") if state.num_processes > 1 else grad
-                if state.num_processes > 1:
-                    summed = torch.tensor(list(sums.values()), dtype=torch.float64, device=state.device)
-                    sums = dict(zip(sums, reduce(summed, "mean").tolist(), strict=True))
-
+                sums = _average(masters, sums, stage.accumulate, state)
                 norm = float(nn.utils.clip_grad_norm_(masters.values(), stage.clip))
                 usable = math.isfinite(norm) and math.isfinite(sums["loss"])
                 if usable:
-                    optimizer.param_groups[0]["lr"] = stage.rate(step)
+                    for group in optimizer.param_groups:
+                        group["lr"] = stage.rate(step) * group["factor"]
                     optimizer.step()
                     _write_back(objective.parameters, masters)
                 optimizer.zero_grad()
                 skipped, in_a_row = skipped + (not usable), 0 if usable else in_a_row + 1
                 losses.append(sums["loss"])
-                done, seconds = step + 1, before + time.perf_counter() - started
+                done = step + 1
+                if done % stage.measure_every == 0 or done == stage.steps:
+                    sums |= _measure(objective, held_out)
+                seconds = before + time.perf_counter() - started
                 if lines is not None:
                     entry = {"stage": name, "step": done, **sums, "lr": stage.rate(step), "grad_norm": norm}
                     entry |= {"skipped": skipped, "tokens": done * per_step, "seconds": round(seconds, 3)}
@@ -311,6 +340,35 @@ def _collect(parameters: Mapping[str, nn.Parameter], masters: dict[str, Tensor])
             grad, held = p.grad.to(masters[key].dtype), masters[key].grad
             masters[key].grad = grad if held is None else held + grad
             p.grad = None
+
+
+@torch.no_grad()
+def _average(
+    masters: dict[str, Tensor], metrics: dict[str, float], batches: int, state: PartialState
+) -> dict[str, float]:
+    """Means of the gradients over batches, zero where there was none; of these and the metrics over processes."""
+    from accelerate.utils import reduce
+
+    several = state.num_processes > 1
+    for master in masters.values():
+        grad = torch.zeros_like(master) if master.grad is None else master.grad / batches
+        master.grad = reduce(grad, "mean") if several else grad
+    if not several:
+        return metrics
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=state.device)
+    return dict(zip(metrics, reduce(values, "mean").tolist(), strict=True))
+
+
+def _measure(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
+    """Means of the objective's numbers over held-out batches, whose gradients are dropped."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        with torch.enable_grad():
+            for key, value in objective(batch._replace(held_out=True)).items():
+                sums[f"held_out_{key}"] = sums.get(f"held_out_{key}", 0.0) + value / len(batches)
+        for p in objective.parameters.values():
+            p.grad = None
+    return sums
 
 
 @torch.no_grad()

@@ -284,15 +284,20 @@ class Logits(Stage):
     modules; ``"all"``, everything but the embeddings. Distillation of the logits with all weights is stage 3 of
     arXiv:2408.10189.
 
+    Activation checkpointing that the model has switched on (``gradient_checkpointing_enable``) is used.
+
     Attributes:
         train: one or more of these.
         temperature: of both softmaxes.
+        maps_factor: how many times the learning rate applies to what conversion added, which starts from nothing
+            where the weights start from a trained model.
         lora_rank: of the updates. lora_alpha: their scale is lora_alpha / lora_rank.
         chunk: tokens whose logits stand in memory at a time; 0 as many as make 2²⁵ logits.
     """
 
     train: tuple[str, ...] = ("maps", "lora")
     temperature: float = 1.0
+    maps_factor: float = 1.0
     lora_rank: int = 8
     lora_alpha: int = 16
     chunk: int = 0
@@ -303,10 +308,10 @@ class Logits(Stage):
             raise OptionError(f"train: got {self.train}, expected some of {', '.join(PARTS)}.")
         if "lora" in self.train and {"attention", "all"} & set(self.train):
             raise OptionError(f"train: got {self.train}; 'lora' updates weights that the others train themselves.")
-        if not self.temperature > 0 or self.lora_rank < 1 or self.chunk < 0:
+        if not (self.temperature > 0 and self.maps_factor > 0 and self.lora_rank > 0 and self.chunk >= 0):
             raise OptionError(
-                f"temperature={self.temperature}, lora_rank={self.lora_rank}, chunk={self.chunk}: expected "
-                "temperature > 0, lora_rank ≥ 1 and chunk ≥ 0."
+                f"temperature={self.temperature}, maps_factor={self.maps_factor}, lora_rank={self.lora_rank}, "
+                f"chunk={self.chunk}: expected positive numbers, of which chunk may be 0."
             )
 
     @contextlib.contextmanager
@@ -330,6 +335,10 @@ class Logits(Stage):
         with contextlib.ExitStack() as stack:
             source: Teacher
             if isinstance(teacher, CachedTeacher):
+                if self.held_out:
+                    raise OptionError(
+                        f"held_out: {teacher.path} knows its own data only; pass the model as the teacher."
+                    )
                 needed = self.steps * self.accumulate * self.rows
                 if needed > teacher.windows or self.length != teacher.length:
                     raise OptionError(
@@ -358,7 +367,7 @@ class Logits(Stage):
                 or ("attention" in self.train and name.startswith(paths))
                 or ("all" in self.train and id(p) not in embeddings)
             }
-            yield Divergences(self, source, body, head, chosen)
+            yield Divergences(self, source, model, body, head, chosen)
 
 
 class Divergences(Objective):
@@ -368,15 +377,22 @@ class Divergences(Objective):
         self,
         stage: Logits,
         teacher: Teacher,
+        model: nn.Module,
         body: Callable[[Tensor], Tensor],
         head: Callable[[Tensor], Tensor],
         parameters: dict[str, nn.Parameter],
     ) -> None:
         self.stage, self.teacher, self.body, self.head = stage, teacher, body, head
         self.parameters, self.held = parameters, {}
+        self.checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def factor(self, name: str) -> float:
+        return self.stage.maps_factor if ".linattn." in name else 1.0
 
     def __call__(self, batch: Batch) -> dict[str, float]:
         divergence = self.teacher.read(batch, self.stage.temperature)
+        for module in self.checkpointed:
+            module.training = True  # or transformers forgoes it; what is in the module stays in evaluation mode
         hidden = self.body(batch.tokens.to(next(iter(self.parameters.values())).device)).flatten(0, 1)
         of_head = list(self.head.parameters()) if isinstance(self.head, nn.Module) else []
         chunk = self.stage.chunk or _tokens_at_once(self.head, hidden)

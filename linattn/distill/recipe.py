@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from linattn.distill.data import Windows
-from linattn.distill.engine import Stage, finite, processes, train, write_atomically
+from linattn.distill.engine import Batch, Stage, finite, processes, train, write_atomically
 from linattn.distill.logits import CachedTeacher, Logits
 from linattn.distill.transfer import Transfer
 from linattn.errors import LinattnError, OptionError
@@ -99,12 +100,25 @@ def distill(
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_stages(stages, folder / "stages.json")
+        for name in [] if resume else names:
+            (folder / f"{name}.safetensors").unlink(missing_ok=True)
     reports = []
     for name, stage, path in zip(names, stages, paths, strict=True):
         windows = Windows(path, stage.length, seed=stage.seed)  # type: ignore[arg-type]
         batches = windows.batches(stage.rows, rank=state.process_index, processes=state.num_processes)
+        measured = _measured(stage)
         with stage.objective(model, teacher) as objective, _bar(name, stage.steps, progress) as watch:
-            done = train(model, objective, batches, stage, name=name, out=folder, resume=resume, progress=watch)
+            done = train(
+                model,
+                objective,
+                batches,
+                stage,
+                held_out=measured,
+                name=name,
+                out=folder,
+                resume=resume,
+                progress=watch,
+            )
         first, last = (finite(done.losses[at]) if done.losses else None for at in (0, -1))
         reports.append(StageReport(name, stage.steps, first, last, done.skipped, round(done.seconds, 3)))
     report = Report(tuple(reports), str(folder / MODEL))
@@ -150,6 +164,18 @@ def write_stages(stages: Sequence[Transfer | Logits], path: str | os.PathLike[st
     entries = [{"kind": _kind(stage)} | dataclasses.asdict(stage) for stage in stages]
     text = json.dumps({"stages": entries}, indent=2) + "\n"
     write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _measured(stage: Stage) -> list[Batch]:
+    """The held-out windows of a stage, in batches."""
+    if not stage.held_out:
+        return []
+    windows = Windows(stage.held_out, stage.length, seed=None)
+    count = min(stage.held_out_windows, len(windows))
+    return [
+        Batch(torch.stack([windows[i] for i in range(start, min(start + stage.rows, count))]))
+        for start in range(0, count, stage.rows)
+    ]
 
 
 def _kind(stage: Stage) -> str:

@@ -34,6 +34,8 @@ class Transfer(Stage):
     (Attention transfer: Zhang et al. 2024, arXiv:2410.10254; per-layer alignment on the teacher's inputs: Bick et al.
     2024, arXiv:2408.10189. Targets of the far branch's own and window dropout: arXiv:2510.05901.)
 
+    A layer without window and sinks has nothing but a far branch, and its loss is the first term.
+
     Attributes:
         far_weight: of the error of the far branch's own output. With it at 0, and ``mass_weight`` too, a good window
             leaves the far branch little to do.
@@ -89,7 +91,7 @@ class LayerErrors(Objective):
         self.split = stage.far_weight > 0 or stage.mass_weight > 0
         for path, module in layers.items():
             phi = module.feature_map
-            if self.split and (phi.positional or not phi.positive):
+            if self.split and module.window + module.sinks and (phi.positional or not phi.positive):
                 kind = "positional" if phi.positional else "not positive"
                 raise UnsupportedError(
                     f"{path}: {type(phi).__name__} is {kind}, and its far branch has no output and mass of its own to "
@@ -123,7 +125,7 @@ class LayerErrors(Objective):
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, float]:
         first, last = self.stage.window_dropout
-        rate = first + (last - first) * batch.step / max(1, self.stage.steps - 1)
+        rate = 0.0 if batch.held_out else first + (last - first) * batch.step / max(1, self.stage.steps - 1)
         draw = torch.Generator().manual_seed(derived_seed(self.stage.seed, "window dropout", batch.step))
         dropped = {path for path in self.layers if torch.rand((), generator=draw).item() < rate}
         terms: dict[str, dict[str, Tensor]] = {}
@@ -133,9 +135,9 @@ class LayerErrors(Objective):
             split = exact(module, q, k, v, options, **edges)
             with torch.enable_grad():
                 if path in dropped:
-                    error = relative_error(_far_alone(module, q, k, v, options), split.out)
-                    found, loss = {"without_window": error}, error
-                elif self.split:
+                    loss = relative_error(_far_alone(module, q, k, v, options), split.out)
+                    found = {"without_window": loss}
+                elif self.split and module.window + module.sinks:
                     found = _errors(module, split, q, k, v)
                     loss = found["hybrid"] + self.stage.far_weight * found["far"]
                     loss = loss + self.stage.mass_weight * found["mass"]

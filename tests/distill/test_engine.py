@@ -207,6 +207,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     done = train(model, Regression(model), batches, STAGE, out=tmp_path, resume=False)
     assert done.resumed_at == 0
     assert len(lines(tmp_path)) == 12
+    with pytest.raises(RuntimeError, match="power"):
+        train(model, Regression(model, 2), batches, STAGE, out=tmp_path, resume=False)
+    assert train(model, Regression(model), batches, STAGE, out=tmp_path).resumed_at == 0
     (tmp_path / "train.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
         train(model, Regression(model), batches, STAGE, out=tmp_path)
@@ -218,6 +221,39 @@ def test_two_stages_share_one_file_of_metrics(tmp_path):
         train(model, Regression(model), batches, STAGE, name=name, out=tmp_path)
     train(model, Regression(model), batches, STAGE, name="second", out=tmp_path, resume=False)
     assert [line["stage"] for line in lines(tmp_path)] == ["first"] * 12 + ["second"] * 12
+
+
+def test_held_out_batches_are_measured_and_change_nothing(tmp_path):
+    class Careful(Plain):
+        def __call__(self, batch: Batch) -> dict[str, float]:
+            assert batch.held_out == (batch.tokens.shape[0] == 3)
+            return super().__call__(batch)
+
+    held_out = [Batch(torch.full((3, 8), i)) for i in (4, 9)]
+    plain, watched = network(), network()
+    train(plain, Careful(plain), batches, STAGE)
+    stage = dataclasses.replace(STAGE, measure_every=5)
+    train(watched, Careful(watched), batches, stage, held_out=held_out, out=tmp_path)
+    check_equal(tensors(watched), tensors(plain))
+    assert [line["step"] for line in lines(tmp_path) if "held_out_loss" in line] == [5, 10, 12]
+    objective = Plain(watched.eval())
+    want = sum(objective(batch)["loss"] for batch in held_out) / 2
+    assert lines(tmp_path)[-1]["held_out_loss"] == pytest.approx(want)
+
+
+def test_parameters_learn_at_rates_of_their_own():
+    class Uneven(Plain):
+        def factor(self, name: str) -> float:
+            return 4.0 if name == "bias" else 1.0
+
+    def moved(objective: type[Plain]) -> list[Tensor]:
+        model = network()
+        train(model, objective(model), batches, Stage(steps=1, learning_rate=0.01, rows=2, length=8))
+        return [(p - q).abs() for p, q in zip(model[0].parameters(), network()[0].parameters(), strict=True)]
+
+    (weight, bias), (uneven_weight, uneven_bias) = moved(Plain), moved(Uneven)
+    torch.testing.assert_close(uneven_weight, weight)
+    torch.testing.assert_close(uneven_bias, 4 * bias, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

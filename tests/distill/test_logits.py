@@ -199,6 +199,8 @@ def test_a_cache_of_something_else_is_refused(llama, tokens_file, tmp_path):
         run(model, cached, tokens_file, stage)
     with pytest.raises(OptionError, match="16 windows of 40 tokens, the stage reads 18"):
         run(model, cached, tokens_file, dataclasses.replace(stage, steps=9))
+    with pytest.raises(OptionError, match="held_out"):
+        run(model, cached, tokens_file, dataclasses.replace(stage, held_out="x"))
     with pytest.raises(OptionError, match=r"cached at 1\.0"):
         run(model, cached, tokens_file, dataclasses.replace(stage, temperature=2.0))
     with pytest.raises(OptionError, match=r"windows 0 … 15"):
@@ -222,9 +224,37 @@ def test_logits_that_are_more_than_an_embedding_are_formed_whole(llama):
             assert torch.equal(head(body(ids)), model(ids).logits)
 
 
+def test_activation_checkpointing_that_is_on_is_used(llama, tokens_file):
+    def run_with(checkpointing: bool) -> tuple[list[float], int]:
+        teacher = llama()
+        model, calls = convert_model(copy.deepcopy(teacher), **FAR), []
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        norm = model.model.layers[1].input_layernorm
+        norm.register_forward_pre_hook(lambda module, *_: calls.append(module.training))
+        losses = run(model, teacher, tokens_file, dataclasses.replace(STAGE, train=("maps",)))
+        assert not any(calls)
+        assert not any(module.training for module in model.modules())
+        return losses, len(calls)
+
+    (want, once), (got, twice) = run_with(False), run_with(True)
+    assert got == pytest.approx(want, rel=1e-5)
+    assert twice == once + STAGE.steps
+
+
+def test_what_conversion_added_learns_at_a_rate_of_its_own(llama, tokens_file):
+    teacher = llama()
+    stage = dataclasses.replace(STAGE, train=("all",), maps_factor=10.0)
+    with stage.objective(convert_model(copy.deepcopy(teacher), **FAR), teacher) as objective:
+        rates = {name: objective.factor(name) for name in objective.parameters}
+    assert {name for name, rate in rates.items() if rate == 10.0} == {name for name in rates if ".linattn." in name}
+    assert set(rates.values()) == {1.0, 10.0}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"maps_factor": 0.0}, "maps_factor"),
         ({"train": ()}, "train"),
         ({"train": ("mlp",)}, "mlp"),
         ({"train": ("lora", "all")}, "lora"),

@@ -15,6 +15,7 @@ from linattn import convert_model
 from linattn.distill import Logits, Stage, Transfer, cache_teacher, distill, read_stages, write_stages
 from linattn.distill import transfer as transfer_module
 from linattn.distill.data import Windows
+from linattn.distill.logits import forward_kl
 from linattn.errors import OptionError
 
 FAR = {"window": 5, "sinks": 2}
@@ -67,7 +68,9 @@ def test_a_stopped_run_goes_on_to_the_same_model(llama, tokens_file, tmp_path, m
 def test_what_a_run_leaves_behind(llama, tokens_file, tmp_path):
     teacher = llama()
     model = convert_model(copy.deepcopy(teacher), **FAR)
-    report = distill(model, teacher, STAGES, out=tmp_path / "out", data=tokens_file)
+    measured = {"held_out": str(tokens_file), "held_out_windows": 3}
+    stages = [dataclasses.replace(stage, **measured) for stage in STAGES]
+    report = distill(model, teacher, stages, out=tmp_path / "out", data=tokens_file)
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
         "1-transfer.safetensors",
@@ -77,17 +80,38 @@ def test_what_a_run_leaves_behind(llama, tokens_file, tmp_path):
         "report.json",
         "stages.json",
     }
-    assert read_stages(tmp_path / "out" / "stages.json") == STAGES
+    assert read_stages(tmp_path / "out" / "stages.json") == stages
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved == json.loads(json.dumps(dataclasses.asdict(report)))
     assert [stage.name for stage in report.stages] == ["1-transfer", "2-logits"]
     assert re.search(r"2-logits: loss 0\.\d+ → 0\.\d+ in 5 steps", str(report))
     losses = [line["loss"] for line in numbers(tmp_path / "out") if line["stage"] == "2-logits"]
     assert (report.stages[1].first, report.stages[1].last) == (losses[0], losses[-1])
+    last = {line["stage"]: line for line in numbers(tmp_path / "out")}
+    assert {"held_out_hybrid", "held_out_far"} <= last["1-transfer"].keys()
+    ids = Windows(tokens_file, 40, seed=None)
+    with torch.no_grad():
+        kl = [forward_kl(model(ids[i][None]).logits[0], teacher(ids[i][None]).logits[0]).mean() for i in range(3)]
+    want = (kl[0] + kl[1]) / 4 + kl[2] / 2  # batches of two and one
+    assert last["2-logits"]["held_out_loss"] == pytest.approx(want.item(), rel=1e-3)
     ids = torch.randint(3, 61, (1, 40))
     again = linattn.load(report.model).eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_beginning_anew_forgets_later_stages_too(llama, tokens_file, tmp_path, monkeypatch):
+    teacher = llama()
+    model = convert_model(copy.deepcopy(teacher), **FAR)
+    distill(model, teacher, STAGES, out=tmp_path, data=tokens_file)
+
+    def breaking(self, batch):
+        raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(transfer_module.LayerErrors, "__call__", breaking)
+    with pytest.raises(RuntimeError, match="power"):
+        distill(model, teacher, STAGES, out=tmp_path, data=tokens_file, resume=False)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_cached_teacher_and_data_of_a_stage_s_own(llama, tokens_file, tmp_path):

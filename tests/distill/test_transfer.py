@@ -116,6 +116,18 @@ def test_the_whole_output_alone_is_the_same_error(llama, tokens_file):
     assert whole["hybrid"] == pytest.approx(parts["hybrid"], rel=1e-4)
 
 
+def test_a_layer_without_a_window_has_one_error(llama, tokens_file):
+    seen = run(convert_model(llama(9.0), window=0, sinks=0, feature_map="exp"), tokens_file)
+    assert list(seen) == ["loss", "hybrid"]
+    assert seen["loss"][-1] < 0.9 * seen["loss"][0]
+
+
+def test_half_precision_learns_as_single_does(llama, tokens_file):
+    half, single = (run(convert_model(llama(9.0).to(x), **FAR), tokens_file) for x in (torch.bfloat16, torch.float32))
+    for name in ("hybrid", "far", "mass"):
+        assert half[name] == pytest.approx(single[name], rel=0.1), name
+
+
 def test_windows_are_dropped_as_often_as_the_schedule_says(llama, tokens_file):
     seen = run(convert_model(llama(), **FAR), tokens_file, window_dropout=(1.0, 1.0))
     assert list(seen) == ["loss", "without_window"]
