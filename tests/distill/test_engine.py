@@ -286,6 +286,19 @@ def rows(count: int, rank: int = 0, processes: int = 1) -> Callable[[int], Batch
     return Windows(np.arange(600) % 32, 8).batches(count, rank=rank, processes=processes)
 
 
+def test_accumulated_batches_are_one_large_one():
+    def trained(count: int, accumulate: int) -> dict[str, Tensor]:
+        model = network()
+        objective = Plain(model)
+        objective.prepare = lambda batch: None
+        train(model, objective, rows(count), dataclasses.replace(STAGE, accumulate=accumulate))
+        return tensors(model)
+
+    want = trained(4, 1)
+    for name, t in trained(1, 4).items():
+        torch.testing.assert_close(t, want[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_all_their_rows(tmp_path):
     code = f"""

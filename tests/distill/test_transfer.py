@@ -137,6 +137,13 @@ def test_windows_are_dropped_as_often_as_the_schedule_says(llama, tokens_file):
     assert 20 < len(falling["hybrid"]) < 40
 
 
+def test_held_out_batches_keep_their_windows(llama, tokens_file):
+    ids = Windows(tokens_file, 40)[0][None]
+    with Transfer(steps=1, length=40, window_dropout=(1.0, 1.0)).objective(convert_model(llama(), **FAR)) as objective:
+        assert list(objective(Batch(ids))) == ["loss", "without_window"]
+        assert list(objective(Batch(ids, held_out=True))) == ["loss", "hybrid", "far", "mass"]
+
+
 def test_layers_have_their_windows_again(llama, tokens_file):
     model = convert_model(llama(), **FAR)
     run(model, tokens_file, steps=2, window_dropout=(0.5, 0.5))
