@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linattn._modes import evaluating
-from linattn.distill.engine import Batch, derived_seed, write_atomically
+from linattn.distill.engine import Batch, derived_seed, own_randomness, write_atomically
 from linattn.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -199,9 +199,8 @@ def sample_from_teacher(
     device = next(model.parameters()).device
     parts: list[np.ndarray] = []
     written = 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(model):
+    with own_randomness(model, seed, "samples"), evaluating(model):
         while written < tokens:
-            torch.manual_seed(derived_seed(seed, "sample", len(parts)))
             begun = [list(prompts[(len(parts) + row) % len(prompts)]) for row in range(rows)]
             if len({len(prompt) for prompt in begun}) > 1:
                 raise OptionError("prompts: those drawn together differ in length; pass rows=1, or cut them to one.")

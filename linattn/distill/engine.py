@@ -211,11 +211,10 @@ def train(
     restored = None
     if out is not None and resume and path.exists():
         restored = _read(path, settings if state.is_main_process else None)
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
 
-    with torch.random.fork_rng(devices=sorted(devices, key=str)), evaluating(model), _only(model, objective.parameters):
+    random = own_randomness(model, stage.seed, "prepare")
+    with random, evaluating(model), _only(model, objective.parameters):
         if restored is None:
-            torch.manual_seed(derived_seed(stage.seed, "prepare"))
             objective.prepare(first)
             if state.num_processes > 1:  # each has prepared on a batch of its own
                 for t in [*objective.parameters.values(), *objective.held.values()]:
@@ -293,6 +292,15 @@ def processes() -> PartialState:
 def derived_seed(*parts: Any) -> int:
     """A seed for whatever ``parts`` name: equal for equal parts, unrelated otherwise. 0 ≤ seed < 2⁶³."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextlib.contextmanager
+def own_randomness(model: nn.Module, *parts: Any) -> Iterator[None]:
+    """Random numbers from the seed that ``parts`` name; afterwards the caller's go on where they were."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(derived_seed(*parts))
+        yield
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from linattn._modes import evaluating
 from linattn.distill.data import Progress, Windows
-from linattn.distill.engine import Batch, Objective, Stage, derived_seed, write_atomically
+from linattn.distill.engine import Batch, Objective, Stage, own_randomness, write_atomically
 from linattn.distill.layers import trainable_layers
 from linattn.errors import CheckpointError, OptionError
 
@@ -411,8 +411,7 @@ def _low_rank(model: Any, paths: tuple[str, ...], stage: Logits) -> Iterator[Non
     flags = [(p, p.requires_grad) for p in model.parameters()]
     linear = [n for n, m in model.named_modules() if n.startswith(paths) and isinstance(m, nn.Linear)]
     config = peft.LoraConfig(r=stage.lora_rank, lora_alpha=stage.lora_alpha, target_modules=linear)
-    with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(stage.seed, "lora"))
+    with own_randomness(model, stage.seed, "lora"):
         adapted = peft.get_peft_model(model, config)
     try:
         yield

@@ -90,8 +90,11 @@ def test_an_interrupted_run_resumes_to_the_bit(tmp_path, dtype, break_at):
     with pytest.raises(RuntimeError, match="power"):
         train(broken, Regression(broken, break_at), batches, stage, out=tmp_path / "broken")
     again = network(dtype)
-    torch.manual_seed(99)  # the caller's random state plays no part
+    torch.manual_seed(99)  # the caller's random numbers play no part, and go on
     done = train(again, Regression(again), batches, stage, out=tmp_path / "broken")
+    drawn = torch.rand(3)
+    torch.manual_seed(99)
+    assert torch.equal(torch.rand(3), drawn)
     assert done.resumed_at == break_at // 5 * 5
     assert done.losses == want.losses
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole")
