@@ -52,21 +52,18 @@ def exact(
     k: Tensor,
     v: Tensor,
     options: dict[str, Any],
-    *,
-    window: int | None = None,
-    sinks: int | None = None,
+    **other: int | None,
 ) -> SplitAttention:
-    """The softmax attention the layer stands for, split at its window and sinks, or at those given."""
+    """The softmax attention the layer stands for, split at its window and sinks, or with ``other`` edges."""
+    edges = {"window": module.window, "sinks": module.sinks, "native_window": module.native_window} | other
     return split_attention(
         q,
         k,
         v,
-        window=module.window if window is None else window,
-        sinks=module.sinks if sinks is None else sinks,
         scale=module.feature_map.scale,
         softcap=options["softcap"],
         sink_logits=options["sink_logits"],
-        native_window=module.native_window,
+        **edges,  # type: ignore[arg-type]
     )
 
 

@@ -138,7 +138,10 @@ class LayerErrors(Objective):
                     loss = relative_error(_far_alone(module, q, k, v, options), split.out)
                     found = {"without_window": loss}
                 elif self.split and module.window + module.sinks:
-                    found = _errors(module, split, q, k, v)
+                    near = split
+                    if module.native_window is not None and module.sinks:  # which sees sinks that softmax did not
+                        near = exact(module, q, k, v, options, native_window=None)
+                    found = _errors(split, far_branch(module, q, k, v, near))
                     loss = found["hybrid"] + self.stage.far_weight * found["far"]
                     loss = loss + self.stage.mass_weight * found["mass"]
                 else:
@@ -172,25 +175,25 @@ def _far_alone(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, opti
         module.window, module.sinks = window, sinks
 
 
-def _errors(module: ConvertedAttention, split: SplitAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+def _errors(split: SplitAttention, student: FarBranch) -> dict[str, Tensor]:
     """Errors of the hybrid output, the far output and the log far mass, over queries to which something is far."""
-    rows = slice(module.window + module.sinks, None)
+    rows = slice(split.out.shape[1] - student.far.shape[1], None)
     log_far = split.log_far[:, rows]
-    student = far_branch(module, q, k, v, split)
     held = log_far.isfinite()  # a sliding window of the layer's own may leave softmax nothing far
     far = torch.where(held[..., None], student.far, 0.0)
     mass = torch.where(held, student.log_mass - log_far, 0.0).square().sum() / held.sum().clamp_min(1)
-    # The first tokens' output is softmax's own, and has part in the norm only.
-    norm = split.out.square().sum().clamp_min(1e-12)
-    hybrid = (student.out - split.out[:, rows]).square().sum() / norm
-    return {"hybrid": hybrid, "far": relative_error(far, split.far[:, rows]), "mass": mass}
+    return {
+        "hybrid": relative_error(student.out, split.out),
+        "far": relative_error(far, split.far[:, rows]),
+        "mass": mass,
+    }
 
 
 class FarBranch(NamedTuple):
-    """A converted layer's answer to the queries t ≥ window + sinks, T' of them.
+    """A converted layer's answer, and its far branch for the queries t ≥ window + sinks, T' of them.
 
     Attributes:
-        out: ``[B, T', H, V]`` of both branches.
+        out: ``[B, T, H, V]`` of both branches.
         far: ``[B, T', H, V]`` of the far branch, normalised by itself.
         log_mass: ``[B, T', H]`` log of its mass, on the scale of :class:`SplitAttention`.
     """
@@ -215,7 +218,7 @@ def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, spli
     Args:
         module: a converted layer whose map is positive and not positional.
         q, k, v: as it is called with; computed in float32 at least.
-        split: its softmax attention, split at its own window and sinks.
+        split: softmax attention split at the layer's window and sinks, with no other limit: what is near to it.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -247,7 +250,7 @@ def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, spli
     smallest = torch.finfo(wide).tiny
     share, rest = share.clamp_min(smallest), (1 - share).clamp_min(torch.finfo(wide).eps)
     return FarBranch(
-        weighted + rest[..., None] * split.near[:, rows],
+        torch.cat([split.near[:, : window + sinks], weighted + rest[..., None] * split.near[:, rows]], 1),
         weighted / share[..., None],
         log_near + share.log() - rest.log(),
     )
