@@ -1,5 +1,34 @@
 """Stages that recover the quality a conversion loses. Softmax attention on the same inputs is the teacher."""
 
 from linattn.distill.calibrate import Calibration, calibrate
+from linattn.distill.data import Windows, pack, read_texts, sample_from_teacher
+from linattn.distill.engine import Batch, Objective, Stage, Trained, train
+from linattn.distill.logits import CachedTeacher, Logits, cache_teacher
+from linattn.distill.recipe import Report, StageReport, distill, read_stages, write_stages
+from linattn.distill.targets import SplitAttention, split_attention
+from linattn.distill.transfer import Transfer
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = [
+    "Batch",
+    "CachedTeacher",
+    "Calibration",
+    "Logits",
+    "Objective",
+    "Report",
+    "SplitAttention",
+    "Stage",
+    "StageReport",
+    "Trained",
+    "Transfer",
+    "Windows",
+    "cache_teacher",
+    "calibrate",
+    "distill",
+    "pack",
+    "read_stages",
+    "read_texts",
+    "sample_from_teacher",
+    "split_attention",
+    "train",
+    "write_stages",
+]

@@ -1,20 +1,17 @@
-"""Calibration: every converted layer learns from its own softmax attention, all layers at once, one forward a step."""
+"""Calibration: the first stage, in one call and without files."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from linattn._modes import evaluating
-from linattn.convert import ConvertedAttention
-from linattn.errors import ConversionError, DtypeError, NonFiniteError, OptionError, ShapeError
-from linattn.kernels import kernel_attention
+from linattn.distill.engine import Batch, train
+from linattn.distill.layers import trainable_layers
+from linattn.distill.transfer import LayerErrors, Transfer
+from linattn.errors import DtypeError, OptionError, ShapeError
 
 
 class Calibration(NamedTuple):
@@ -40,10 +37,12 @@ def calibrate(
 ) -> Calibration:
     """Fit the feature maps, far biases and decays of a converted model to the softmax attention they replaced.
 
-    Each layer sees the teacher's inputs: what it returns to the rest of the model is exact attention, computed by the
-    same operator with a window over everything, so the layers train in parallel and no teacher model is kept. Nothing
-    but the parameters and buffers under ``<attention>.linattn`` changes; decoding states made before do not fit after.
-    Parameters are float32 while they train, whatever the model is: half precision swallows small updates.
+    Each layer sees the teacher's inputs: what it returns to the rest of the model is exact attention, so the layers
+    train in parallel and no teacher model is kept. Nothing but the parameters and buffers under ``<attention>.linattn``
+    changes; decoding states made before do not fit after. Updates add up in float32, whatever the model is: half
+    precision swallows small ones.
+
+    This is :class:`~linattn.distill.Transfer` on the whole output alone.
 
     The first batch prepares every layer. Every head's far bias is set in closed form, so that the far branch starts
     with the mass that softmax gives it: to the mean, over the queries of the first sequence, of log(softmax's far
@@ -66,63 +65,17 @@ def calibrate(
         ShapeError, DtypeError: a batch is no ``[B, T]`` tensor of token ids.
         NonFiniteError: no step gave finite gradients.
     """
-    layers = _layers(model)
+    layers = trainable_layers(model)
     steps = _checked(batches, nearest=max(module.window + module.sinks for module in layers.values()))
     if not 0 <= learning_rate < math.inf:
         raise OptionError(f"learning_rate: got {learning_rate!r}, expected a number ≥ 0.")
-    trained = [p for module in layers.values() for p in module.parameters()]
-    optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    losses: list[float] = []
-    errors: dict[str, float] = {}
-    skipped = 0
-
-    def prepare(name: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        target = _softmax(module, q, k, v, options)
-        _prepare(module, target, q, k, v, options)
-        return target
-
-    def learn(name: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        target = _softmax(module, q, k, v, options)
-        with torch.enable_grad():
-            loss = _error(ConvertedAttention.forward(module, q, k, v, **options), target)
-        loss.backward()  # at once, to free the layer's activations
-        errors[name] = loss.item()
-        return target
-
-    with torch.no_grad(), evaluating(model), _trainable(trained):
-        with _answered(layers, prepare):
-            model(steps[0].to(trained[0].device), use_cache=False)
-        for done, batch in enumerate(steps):
-            optimizer.zero_grad()
-            with _answered(layers, learn):
-                model(batch.to(trained[0].device), use_cache=False)
-            losses.append(sum(errors.values()) / len(errors))
-            if math.isfinite(nn.utils.clip_grad_norm_(trained, 1.0)):
-                optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * done / len(steps))) / 2
-                optimizer.step()
-            else:
-                skipped += 1
-            if progress is not None:
-                progress(done + 1, losses[-1])
-    if skipped == len(steps):
-        raise NonFiniteError(f"batches: none of {skipped} steps gave finite gradients; lower learning_rate.")
-    return Calibration(losses, errors, skipped)
-
-
-def _layers(model: nn.Module) -> dict[str, ConvertedAttention]:
-    """The converted attention modules by the path of the module they serve."""
-    layers = {
-        name.rpartition(".")[0]: module
-        for name, module in model.named_modules()
-        if isinstance(module, ConvertedAttention)
-    }
-    if not layers:
-        raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")
-    if any(not module.causal for module in layers.values()):
-        raise ConversionError(f"{type(model).__name__} has bidirectional converted layers; calibration is causal.")
-    if any(not module.far for module in layers.values()):
-        raise ConversionError(f"{type(model).__name__} has no far branch to calibrate; leave window_only first.")
-    return layers
+    stage = Transfer(
+        steps=len(steps), learning_rate=learning_rate, far_weight=0.0, mass_weight=0.0, patience=len(steps)
+    )
+    objective = LayerErrors(layers, stage, model)
+    report = None if progress is None else (lambda done, metrics: progress(done, metrics["loss"]))
+    done = train(model, objective, lambda index: Batch(steps[index]), stage, name="calibrate", progress=report)
+    return Calibration(done.losses, objective.errors, done.skipped)
 
 
 def _checked(batches: Iterable[Tensor], *, nearest: int) -> list[Tensor]:
@@ -141,108 +94,3 @@ def _checked(batches: Iterable[Tensor], *, nearest: int) -> list[Tensor]:
                 "branch has no part; use longer ones."
             )
     return steps
-
-
-@contextlib.contextmanager
-def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for ``parameters``, in float32 or wider; afterwards none, and dtypes and flags as before."""
-    before = [(p, p.requires_grad, p.dtype) for p in parameters]
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
-        yield
-    finally:
-        for p, required, dtype in before:
-            p.grad = None
-            p.data = p.data.to(dtype)
-            p.requires_grad_(required)
-
-
-@contextlib.contextmanager
-def _answered(layers: dict[str, ConvertedAttention], answer: Callable[..., Tensor]) -> Iterator[None]:
-    """Call ``answer(name, module, …)`` in place of each layer's ``forward(…)``."""
-    before = [module.__dict__.get("forward") for module in layers.values()]
-    try:
-        for name, module in layers.items():
-            module.__dict__["forward"] = functools.partial(answer, name, module)
-        yield
-    finally:
-        for module, forward in zip(layers.values(), before, strict=True):
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
-
-
-def _softmax(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """The softmax attention the layer stands for: the same operator with all that softmax saw in the window."""
-    return kernel_attention(
-        q,
-        k,
-        v,
-        feature_map=None,
-        far=False,
-        window=q.shape[1] if module.native_window is None else module.native_window,
-        scale=module.feature_map.scale,
-        softcap=options["softcap"],
-        sink_logits=options["sink_logits"],
-    ).out
-
-
-def _error(out: Tensor, target: Tensor) -> Tensor:
-    """|out − target|² / |target|²."""
-    return (out.float() - target.float()).square().mean() / target.float().square().mean().clamp_min(1e-12)
-
-
-def _prepare(
-    module: ConvertedAttention, target: Tensor, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-) -> None:
-    """Set the far bias, and fit the feature map where it can be fitted and the layer's error falls by it."""
-
-    def error() -> float:
-        return _error(ConvertedAttention.forward(module, q, k, v, **options), target).item()
-
-    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], options["softcap"]))
-    fit = getattr(module.feature_map, "fit", None)
-    if fit is None:
-        return
-    before, unfitted = {name: t.clone() for name, t in module.state_dict().items()}, error()
-    fit(q[:, module.window + module.sinks :], k[:, module.sinks : k.shape[1] - module.window])
-    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], options["softcap"]))
-    if not error() < unfitted:
-        module.load_state_dict(before)
-
-
-def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
-    """``[H]`` mean over queries of log(softmax's far mass) − log(the map's far mass); 0 where no query has both."""
-    phi, length, groups = module.feature_map, q.shape[1], q.shape[2] // k.shape[2]
-    at = torch.arange(length, device=q.device)
-    positions = (at[None],) if phi.positional else ()
-    features_q, log_q = phi.forward_queries(q, *positions)
-    features_k, log_k = phi.forward_keys(k, *positions)
-    log_q = q.new_zeros(q.shape[:3], dtype=torch.float32) if log_q is None else log_q
-    log_k = k.new_zeros(k.shape[:3], dtype=torch.float32) if log_k is None else log_k
-    gates = module.log_gates(k)
-    if gates is not None:
-        clock = gates.expand(1, length, -1).cumsum(1)
-        log_q, log_k = log_q + clock.repeat_interleave(groups, 2), log_k - clock
-
-    rows = slice(module.window + module.sinks, None)  # the queries that see anything far
-    gap = at[rows, None] - at
-    far = (gap >= module.window) & (at >= module.sinks)
-    within = far if module.native_window is None else far & (gap < module.native_window)
-    bias = q.new_zeros(q.shape[2], dtype=torch.float32)
-    for head in range(q.shape[2]):
-        kv = head // groups
-        exact = q[0, rows, head].float() @ k[0, :, kv].float().T * phi.scale
-        if softcap is not None:
-            exact = softcap * torch.tanh(exact / softcap)
-        wanted = exact.masked_fill(~within, -torch.inf).logsumexp(1)
-        kernel = features_q[0, rows, head].float() @ features_k[0, :, kv].float().T
-        log_scale = (log_q[0, rows, head, None] + log_k[0, :, kv]).masked_fill(~far, -torch.inf)
-        top = log_scale.amax(1, keepdim=True)
-        mass = ((log_scale - top).exp() * kernel).sum(1)
-        both = (mass > 0) & wanted.isfinite()
-        if bool(both.any()):
-            bias[head] = (wanted - mass.log() - top[:, 0])[both].mean()
-    return bias
