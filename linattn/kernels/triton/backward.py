@@ -121,6 +121,8 @@ def dq_kernel(
 ):  # fmt: skip
     """The gradient of the queries' features ``[B, T, H, F]``, and of the log-scales of given ones (``dlog``).
 
+    The program of a sequence's first segment writes zeros for queries that find no far keys.
+
     Of given features without ``dlog`` each program may have BF columns.
     """
     head, left = locate_slice(tl.program_id(0), F, BF)
@@ -159,6 +161,13 @@ def dq_kernel(
     end = tl.minimum(begin + segment // C, tl.cdiv(length - GAP, C))
     last = tl.minimum((s + 1) * segment, length) - 1
     local = tl.arange(0, C)
+    if GAP > 0:
+        for i in range(0, tl.where(s == 0, tl.cdiv(GAP, C), 0)):
+            first = (begin + i) * C
+            near = first + local < tl.minimum(GAP, length)
+            store_rows(dphi_q + stat * F + left, first, H * F, near, tl.zeros([C, BF], tl.float32), F, BF)
+            if dlog is not None:
+                tl.store(column(dlog + stat, first, H, C), tl.zeros([C], tl.float32), mask=near)
     for i in range(begin, end):
         first = i * C
         rows = first + local
@@ -573,6 +582,42 @@ def sum_kernel(shares, out, rows, heads, parts, numbers, R: tl.constexpr, BLOCK:
         pointers = shares + row.to(tl.int64)[:, None] * (heads * parts * numbers)
         total += tl.sum(tl.load(pointers, mask=(row < rows)[:, None] & there[None, :], other=0.0), 0)
     tl.store(out + (part * heads + head) * numbers + at, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def across_kernel(
+    before_kv, before_k, before_m, after_kv, after_k, after_m, out, segments, heads,
+    F: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What queries behind each segment read from before its end, by their output's gradient, ``out [segments, heads]``.
+
+    The keys' memory before the next segment times the queries' after this one; of the last of all it is zero, and of
+    the last of a sequence it means nothing. Log-scales are there for memories that have them.
+    """
+    head = tl.program_id(0)
+    pid = tl.program_id(1)
+    place = pid.to(tl.int64) * heads + head
+    later = place + heads
+    there = pid < segments - 1
+    width = tl.where(there, F, 0)
+    v = tl.arange(0, BV)
+    total = tl.full([], 0.0, tl.float32)
+    for first in range(0, F, ROWS):
+        f = first + tl.arange(0, ROWS)
+        inside = f < width
+        mask = inside[:, None] & (v < V)[None, :]
+        at = f[:, None] * V + v[None, :]
+        S = tl.load(before_kv + later * F * V + at, mask=mask, other=0.0)
+        S *= tl.load(after_kv + place * F * V + at, mask=mask, other=0.0)
+        z = tl.load(before_k + later * F + f, mask=inside, other=0.0)
+        z *= tl.load(after_k + place * F + f, mask=inside, other=0.0)
+        total += tl.sum(tl.sum(S, 1) + z, 0)
+    if before_m is not None:
+        log = tl.load(before_m + later, mask=there, other=0.0)
+        if after_m is not None:
+            log += tl.load(after_m + place, mask=there, other=0.0)
+        total *= exp(tl.minimum(log, LARGEST_EXPONENT))
+    tl.store(out + place, total)
 
 
 @triton.jit

@@ -153,6 +153,7 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 LAG_BLOCK = 256
 GATE_BLOCK = 1024
 SUM_BLOCK, SUM_ROWS = 64, 32
+SINK_ROWS = 16 if INTERPRETED else 64
 MAP_CHUNK = 16 if INTERPRETED else 64
 WIDE_MAP_CHUNK = 16 if INTERPRETED else 32
 MAP_PROGRAMS = 1024
@@ -719,9 +720,9 @@ def attend_backward(
     zeroed = x.lengths is not None
     gates = _gates(x, o, s, c)
 
-    def make(*shape: int, dtype: torch.dtype = dtype, partly: bool = False) -> Tensor:
-        """Zeros where the kernels do not write every slot, or only those of far queries (``partly``)."""
-        return (torch.zeros if zeroed or (partly and gap) else torch.empty)(shape, dtype=dtype, device=device)
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        """Zeros where the kernels do not write every slot."""
+        return (torch.zeros if zeroed else torch.empty)(shape, dtype=dtype, device=device)
 
     # Queries. Features get their gradient first, then what they were computed from.
     exact = o.window > 0 or o.sinks > 0 or not o.far  # the window's kernels add to what the far part left
@@ -731,8 +732,8 @@ def attend_backward(
     if o.far:
         # Without exact part the log-scales of queries cancel in the normaliser.
         if near and any(needs[n] for n in ("query_log", "key_log", "decay", "far_bias")):
-            dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32, partly=True)
-        dphi = make(s.batch, s.length, s.heads, o.features, dtype=dtype if given else wide, partly=True)
+            dlog_q = make(s.batch, s.length, s.heads, dtype=torch.float32)
+        dphi = make(s.batch, s.length, s.heads, o.features, dtype=dtype if given else wide)
         columns, slices = tile(o.features, c.dq_slice if o.activation == "given" and dlog_q is None else 0)
         dims = far_dims | {"BF": columns, "BDF": columns if slices > 1 else far_dims["BDF"]}
         for steep in _kinds(gates):
@@ -766,8 +767,10 @@ def attend_backward(
         dq, dq_far = (dphi, None) if shared else (None, dphi)
     if dq is None and exact:
         dq = make(s.batch, s.length, s.heads, s.head_dim)
-    dsink_k = torch.zeros(chunks, s.heads, o.sinks, s.head_dim, **f32) if o.sinks else None
-    dsink_v = torch.zeros(chunks, s.heads, o.sinks, s.value_dim, **f32) if o.sinks else None
+    dsink_k = dsink_v = None
+    if o.sinks:  # packed, chunks behind a sequence's end are summed too
+        new = torch.zeros if s.packed else torch.empty
+        dsink_k, dsink_v = (new(chunks, s.heads, o.sinks, dim, **f32) for dim in (s.head_dim, s.value_dim))
     if exact:
         launch(
             window.near_dq_kernel, (s.heads * chunks,),
@@ -780,10 +783,6 @@ def attend_backward(
             SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap, TOP=s.top, ADD=o.far and shared, **near_dims,
         )  # fmt: skip
     grads["q"], grads["q_far"] = dq, dq_far
-    if o.sinks:
-        assert dsink_k is not None and dsink_v is not None and x.sink_k is not None and x.sink_v is not None
-        grads["sink_k"] = _sum_chunks(dsink_k, x, s, x.sink_k)
-        grads["sink_v"] = _sum_chunks(dsink_v, x, s, x.sink_v)
     # Keys, with the queries' memory after each segment.
     memory = end = None
     want_state = start_given = x.state_kv is not None and o.far
@@ -871,12 +870,27 @@ def attend_backward(
                 },
             )  # fmt: skip
         grads["k"], grads["v"], grads["k_far"] = dk, dv, dk_far
-        if own_sinks:
-            for name, like in (("k", k), ("v", v)):
-                found, share = grads[name], grads.pop(f"sink_{name}")
-                assert share is not None
-                grads[name] = found = torch.zeros_like(like) if found is None else found
-                found[:, : o.sinks] += share
+
+    if dsink_k is not None and dsink_v is not None:
+        assert x.sink_k is not None and x.sink_v is not None
+        if s.packed:
+            grads["sink_k"], grads["sink_v"] = (
+                _sum_chunks(d, x, s, like) for d, like in ((dsink_k, x.sink_k), (dsink_v, x.sink_v))
+            )
+        else:
+            names, likes = (("k", "v"), (k, v)) if own_sinks else (("sink_k", "sink_v"), (x.sink_k, x.sink_v))
+            for name, like in zip(names, likes, strict=True):
+                found = grads.get(name)
+                grads[name] = (torch.zeros_like if own_sinks else torch.empty_like)(like) if found is None else found
+            into_k, into_v = (grads[name] for name in names)
+            assert into_k is not None and into_v is not None
+            launch(
+                window.sum_sinks_kernel, (s.sequences * s.kv_heads * o.sinks,),
+                dsink_k, dsink_v, into_k, *strides(into_k), into_v, *strides(into_v), x.lengths,
+                s.length, s.segments * (o.segment // chunk),
+                H=s.heads, G=s.heads // s.kv_heads, D=s.head_dim, V=s.value_dim,
+                BD=block(s.head_dim), BV=block(s.value_dim), C=chunk, R=SINK_ROWS, SINKS=o.sinks, ADD=own_sinks,
+            )  # fmt: skip
 
     if dlog_q is not None:
         if needs["far_bias"]:
@@ -894,14 +908,11 @@ def attend_backward(
 
 
 def _sum_chunks(d: Tensor, x: Inputs, s: _Shape, like: Tensor) -> Tensor:
-    """Shares ``[chunks, H, S, ·]`` of the sinks' gradient to ``[N, S, Hkv, ·]``."""
-    d = d.unflatten(1, (s.kv_heads, -1))  # [chunks, Hkv, G, S, ·]
-    if x.seg_sequence is None:
-        d = d.unflatten(0, (s.sequences, -1)).sum((1, 3))
-    else:
-        d = d.unflatten(0, (s.total, -1)).sum((1, 3))
-        found = d.new_zeros(s.sequences + 1, *d.shape[1:])
-        d = found.index_add(0, x.seg_sequence.long(), d)[: s.sequences]
+    """Shares ``[chunks, H, S, ·]`` of the sinks' gradient, of packed sequences, to ``[N, S, Hkv, ·]``."""
+    assert x.seg_sequence is not None
+    d = d.unflatten(1, (s.kv_heads, -1)).unflatten(0, (s.total, -1)).sum((1, 3))
+    found = d.new_zeros(s.sequences + 1, *d.shape[1:])
+    d = found.index_add(0, x.seg_sequence.long(), d)[: s.sequences]
     return d.transpose(1, 2).to(like.dtype)
 
 
@@ -920,23 +931,24 @@ def _sum_shares(shares: Tensor, heads: int, like: Tensor | None) -> Tensor:
 
 
 def _across(before: Memory, after: Memory, o: Options, s: _Shape) -> Tensor:
-    """What queries behind each segment's end read from before it ``[segments, Hkv]``, by their output's gradient.
-
-    Of the last segment of a sequence it means nothing.
-    """
-    total = (before.kv[1:] * after.kv[:-1]).sum((2, 3)) + (before.k[1:] * after.k[:-1]).sum(2)
-    if s.top and o.key_log:
-        total *= (before.m[1:] + after.m[:-1]).clamp(max=80.0).exp()
-    elif o.key_log:
-        total *= before.m[1:].clamp(max=80.0).exp()
-    return torch.cat([total, torch.zeros_like(total[:1])])
+    """What queries behind each segment's end read from before it ``[segments, Hkv]``; see the kernel."""
+    out = torch.empty(s.total, s.kv_heads, dtype=torch.float32, device=before.kv.device)
+    launch(
+        backward.across_kernel, (s.kv_heads, s.total),
+        before.kv, before.k, before.m if o.key_log else None,
+        after.kv, after.k, after.m if o.key_log and s.top else None,
+        out, s.total, s.kv_heads,
+        F=o.features, V=s.value_dim, ROWS=min(block(o.features), max(1, 4096 // block(s.value_dim))),
+        BV=block(s.value_dim),
+    )  # fmt: skip
+    return out
 
 
 def _decay_gradient(
     d: Tensor | None, minus: Tensor, boundaries: Tensor | None, x: Inputs, o: Options, s: _Shape, gap: int
 ) -> Tensor:
     """Gradient of the log-decays ``[B, T, Hkv]`` from those of queries' log-scales, ``d [B, T, H]``, and of keys'."""
-    out = torch.zeros_like(minus)
+    out = (torch.empty_like if x.lengths is None else torch.zeros_like)(minus)
     launch(
         backward.decay_kernel, (s.kv_heads, s.total),
         minus if d is None else d, minus, boundaries, out, *_tables(x), s.length, s.segments, o.segment, s.kv_heads,

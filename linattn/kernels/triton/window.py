@@ -405,3 +405,58 @@ def near_dkv_kernel(
         dxv += load_rows(dv, first, kv_heads * V, valid, V, BV).to(tl.float32)
     store_rows(dk, first, kv_heads * D, valid, dxk, D, BD)
     store_rows(dv, first, kv_heads * V, valid, dxv, V, BV)
+
+
+@triton.jit
+def sum_rows(base, count, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr):
+    """Σ of ``count`` rows of WIDTH columns, ``[BLOCK]``."""
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, R):
+        rows = first + tl.arange(0, R)
+        mask = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+        total += tl.sum(tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def sum_sinks_kernel(
+    shares_k, shares_v,
+    dk, dk_b, dk_t, dk_h,
+    dv, dv_b, dv_t, dv_h,
+    lengths, T, chunks,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    SINKS: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one sink of one key head: Σ over chunks and query heads of ``shares [chunks, H, SINKS, ·]``.
+
+    Every sequence has ``chunks`` of them, the first ones of which are written. ``ADD``: to what ``dk`` and ``dv`` hold.
+    """
+    sink = tl.program_id(0) % SINKS
+    kv_head = tl.program_id(0) // SINKS % (H // G)
+    n = (tl.program_id(0) // SINKS // (H // G)).to(tl.int64)
+    length = T if lengths is None else tl.load(lengths + n).to(tl.int32)
+    written = tl.cdiv(length, C)
+    xk = tl.zeros([BD], tl.float32)
+    xv = tl.zeros([BV], tl.float32)
+    for group in range(G):
+        row = (n * chunks * H + kv_head * G + group) * SINKS + sink
+        xk += sum_rows(shares_k + row * D, written, H * SINKS * D, D, BD, R)
+        xv += sum_rows(shares_v + row * V, written, H * SINKS * V, V, BV, R)
+    d = tl.arange(0, BD)
+    dk += n * dk_b + sink * dk_t + kv_head * dk_h + d
+    v = tl.arange(0, BV)
+    dv += n * dv_b + sink * dv_t + kv_head * dv_h + v
+    if ADD:
+        xk += tl.load(dk, mask=d < D, other=0.0).to(tl.float32)
+        xv += tl.load(dv, mask=v < V, other=0.0).to(tl.float32)
+    tl.store(dk, xk.to(dk.dtype.element_ty), mask=d < D)
+    tl.store(dv, xv.to(dv.dtype.element_ty), mask=v < V)
