@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linattn.errors import OptionError
 
 CHUNK = 128
-"""Queries whose logits stand in memory at a time."""
+"""Queries whose logits stand in memory at a time, where torch has no fused attention."""
 
 
 class SplitAttention(NamedTuple):
@@ -56,9 +57,14 @@ def split_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     native_window: int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> SplitAttention:
     """Causal softmax attention of a layer, split into the part a converted layer computes exactly and the rest.
+
+    What is far from query t are the keys sinks ≤ i ≤ t − window: causal attention of later queries to earlier keys. So
+    two calls of torch's fused attention, of all keys and of the far ones, give both parts by their log-sum-exp; the
+    near part, found by difference, has the precision of its share of the mass. Where fused attention has no place (see
+    ``chunk``), logits are formed for some queries at a time.
 
     Args:
         q: ``[B, T, H, D]``. k: ``[B, T, Hkv, D]``. v: ``[B, T, Hkv, V]``.
@@ -67,14 +73,19 @@ def split_attention(
         sink_logits: ``[H]`` logits that enter the normaliser with no value; they count as near.
         native_window: the layer's own sliding window: tokens beyond it have no part, sinks of a converted layer
             included, unless they lie within.
-        chunk: queries at a time. Memory is O(B · H · T · chunk), work O(T²).
+        chunk: queries at a time; memory is then O(B · H · T · chunk). None for the fused attention, unless there is a
+            softcap, a sink logit or a window of the layer's own, V ≠ D, or float32 on a GPU. Work is O(T²).
 
     Returns:
         :class:`SplitAttention` in float32 (float64 for float64 inputs), without gradients.
     """
-    if chunk < 1:
-        raise OptionError(f"chunk: got {chunk!r}, expected an integer ≥ 1.")
+    if chunk is not None and chunk < 1:
+        raise OptionError(f"chunk: got {chunk!r}, expected an integer ≥ 1, or None.")
     batch, length, heads, _ = q.shape
+    plain = softcap is None and sink_logits is None and (native_window is None or native_window >= length)
+    if chunk is None and plain and v.shape[-1] == q.shape[-1] and _is_fused(q):
+        return _by_difference(q, k, v, window + sinks, sinks, scale)
+    chunk = chunk or CHUNK
     kv_heads, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).view(batch, length, kv_heads, heads // kv_heads, -1) * scale
     keys, values = k.to(wide), v.to(wide)
@@ -104,3 +115,39 @@ def split_attention(
         near_out = near_out * (log_near - with_sink).exp()[..., None]
         log_near = with_sink
     return SplitAttention(near_out, far_out, log_near, log_far)
+
+
+def _is_fused(q: Tensor) -> bool:
+    """Whether torch has attention that gives its log-sum-exp for tensors such as ``q``."""
+    if q.device.type == "cuda":
+        return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256
+    return q.device.type == "cpu"
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention ``[B, T, H, V]`` and its log-sum-exp ``[B, T, H]``, in float32 at least."""
+    wide, groups = torch.promote_types(q.dtype, torch.float32), q.shape[2] // k.shape[2]
+    cuda = q.device.type == "cuda"
+    name = "_scaled_dot_product_flash_attention" + ("" if cuda else "_for_cpu")
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    heads_first = [(x if cuda else x.to(wide)).transpose(1, 2) for x in (q, k, v)]
+    out, log_sum, *_ = getattr(torch.ops.aten, name)(*heads_first, 0.0, True, scale=scale)
+    return out.transpose(1, 2).to(wide), log_sum.transpose(1, 2).to(wide)
+
+
+def _by_difference(q: Tensor, k: Tensor, v: Tensor, first: int, sinks: int, scale: float) -> SplitAttention:
+    """The split of :func:`split_attention`; queries from ``first`` on see something far."""
+    length = q.shape[1]
+    out, log_sum = _fused(q, k, v, scale)
+    far, log_far, log_near = torch.zeros_like(out), torch.full_like(log_sum, -torch.inf), log_sum
+    if first == 0:
+        return SplitAttention(far, out, log_far, log_sum)
+    if first < length:
+        last = length - first + sinks  # of the keys that are far from some query
+        part, log_part = _fused(q[:, first:], k[:, sinks:last], v[:, sinks:last], scale)
+        far, log_far = F.pad(part, [0, 0, 0, 0, first, 0]), F.pad(log_part, [0, 0, first, 0], value=-torch.inf)
+        rest = -torch.expm1((log_far - log_sum).clamp_max(0.0))  # the near share
+        rest = rest.clamp_min(torch.finfo(q.dtype).eps ** 2)
+        log_near = log_sum + rest.log()
+        out = far + (out - far) / rest[..., None]
+    return SplitAttention(out, far, log_near, log_far)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linattn.distill.targets import split_attention
+from linattn.distill.targets import SplitAttention, split_attention
 from linattn.errors import OptionError
 from linattn.kernels import kernel_attention
 
@@ -63,6 +63,22 @@ def test_both_parts_equal_a_dense_computation(case, chunk):
     for mine, want in zip(got, dense(q, k, v, **CASES[case]), strict=True):
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["hybrid", "window", "sinks", "all far", "all near"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_fused_attention_is_split_alike(case, dtype, monkeypatch):
+    q, k, v = (x[..., :6] for x in inputs(dtype))
+    want = SplitAttention(*dense(q.double(), k.double(), v.double(), **CASES[case]))
+    monkeypatch.setattr(torch, "einsum", None)
+    got = SplitAttention(*(x.double() for x in split_attention(q, k, v, scale=0.3, **CASES[case])))
+    places = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    near, far = 1 - want.far_share, want.far_share
+    torch.testing.assert_close(got.far, want.far, **places)
+    torch.testing.assert_close(got.log_far, want.log_far, **places)
+    torch.testing.assert_close(got.far_share, far, **places)
+    torch.testing.assert_close(near[..., None] * got.near, near[..., None] * want.near, **places)
+    assert torch.equal(got.log_near.isinf(), want.log_near.isinf())
 
 
 @pytest.mark.parametrize("case", CASES)
