@@ -53,7 +53,8 @@ def delta_kernel(
     o = load_rows(out, first, V, valid, V, BV).to(tl.float32)
     if residual is not None:
         o += load_rows(residual, first, V, valid, V, BV).to(tl.float32)
-    weight = tl.load(rden + at, mask=valid, other=0.0)
+    if rden is not None:
+        weight = tl.load(rden + at, mask=valid, other=0.0)
     do = load_rows(dout, first, V, valid, V, BV).to(tl.float32)
     if scaled is not None:
         do = (do * weight[:, None]).to(scaled.dtype.element_ty)

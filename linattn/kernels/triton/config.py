@@ -389,7 +389,7 @@ def _entry(path: Path, where: str, found: Any) -> Entry:
         elif name.endswith("_slice"):
             good, expected = value in (0, 16, 32, 64, 128), "0, 16, 32, 64 or 128"
         elif name.endswith("_registers"):
-            good, expected = value == 0 or 32 <= value <= 255, "0, or 32 to 255"
+            good, expected = value == 0 or 32 <= value <= 255 if _is_int(value) else False, "0, or 32 to 255"
         elif name.endswith("_warps"):
             good, expected = value in (1, 2, 4, 8, 16, 32), "1, 2, 4, 8, 16 or 32"
         else:

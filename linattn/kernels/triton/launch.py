@@ -826,8 +826,9 @@ def attend_backward(
                 dlog_k = make(s.batch, s.length, s.kv_heads, dtype=torch.float32)
             dphi = make(s.batch, s.length, s.kv_heads, o.features, dtype=dtype if given else wide)
             runs: list[tuple[int, Tensor | None, Tensor | None, dict[str, Any]]] = [(1, dphi, dv, far_dims)]
-            if c.dkv_slice and (dlog_k is None or not given):
-                sliced = o.activation == "given" and dlog_k is None
+            sliced = o.activation == "given"
+            late = not sliced or c.dkv_slice > 0  # a slice of the features' gradient does not give that of log-scales
+            if c.dkv_slice:
                 columns, slices = tile(o.features, c.dkv_slice if sliced else 0)
                 to_features = far_dims | ({"BF": columns, "BDF": columns} if slices > 1 else {})
                 columns, more = tile(s.value_dim, c.dkv_slice if sliced else 0)
@@ -842,7 +843,7 @@ def attend_backward(
                     *((None, None, None) if memory is None else memory),
                     *_tables(x),
                     scaled, relative, delta, rden,
-                    to_phi, to_v, dlog_k if o.activation == "given" else None,
+                    to_phi, to_v, None if late else dlog_k,
                     o.norm, o.constant, s.length, s.segments, o.segment,
                     C=c.dkv_chunk or c.chunk, EXACT=steep, QUERIES=True,
                     LAST_EMPTY=s.segments > 1 and not s.packed, TOP=s.top, **dims,
@@ -850,8 +851,10 @@ def attend_backward(
                 )  # fmt: skip
             if not given:
                 dphi, grads["key_weight"], grads["key_bias"] = _keys_through_map(
-                    raw, map_, c, k_far, dphi, needs, dlog_k if map_.fused else None
+                    raw, map_, c, k_far, dphi, needs, dlog_k if late else None
                 )
+            elif dlog_k is not None and late:
+                _row_products(k_far, dphi, dlog_k)
             dk, dk_far = (dphi, None) if shared else (None, dphi)
         if dk is None and o.window:
             dk = make(s.batch, s.length, s.kv_heads, s.head_dim)
@@ -905,6 +908,15 @@ def attend_backward(
             boundaries = _across(before, memory, o, s) if memory is not None and stats.kv.numel() else None
             grads["decay"] = _decay_gradient(dlog_q, dlog_k, boundaries, x, o, s, gap)
     return grads
+
+
+def _row_products(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Fill ``out [...]`` with the sums over the last dimension of ``a · b [..., F]``."""
+    launch(
+        backward.delta_kernel, (-(-out.numel() // 64),),
+        a.contiguous(), None, b, None, None, out, out.numel(),
+        V=a.shape[-1], BV=block(a.shape[-1]), R=64, TOP=False,
+    )  # fmt: skip
 
 
 def _sum_chunks(d: Tensor, x: Inputs, s: _Shape, like: Tensor) -> Tensor:

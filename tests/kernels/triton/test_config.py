@@ -146,6 +146,10 @@ def test_a_table_for_another_chip_is_left_aside_aloud(
         (lambda t: t.update(largest_map=True), "largest_map: got true"),
         (lambda t: t.update(largest_lone_map=-1), "largest_lone_map: got -1"),
         (lambda t: t["entries"][0]["config"].update(dq_slice=48), r"dq_slice: got 48, expected 0, 16"),
+        (
+            lambda t: t["entries"][0]["config"].update(map_registers="168"),
+            r'map_registers: got "168", expected 0, or 32',
+        ),
         (lambda t: t.update(entries={}), "entries: got"),
         (lambda t: t["entries"].append(3), r"entries\[1\]: got 3"),
         (lambda t: t["entries"][0].pop("for"), r"entries\[0\].for is missing"),

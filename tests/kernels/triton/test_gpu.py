@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linattn.feature_maps import make
 from linattn.kernels import kernel_attention, linear_attention
+from linattn.kernels.protocols import GivenFeatures
 from linattn.testing import budgets
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -63,6 +64,36 @@ def check(
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 128])
+@pytest.mark.parametrize(("features", "value_dim"), [(128, 64), (128, 128), (256, 64)])
+def test_given_features_with_decay(features: int, value_dim: int, window: int, dtype: torch.dtype) -> None:
+    length, heads = 700, 2
+    tensors = [normal(1, length, heads, n, dtype=dtype, seed=n) for n in (features, features + 1, value_dim)]
+    tensors = [tensors[0].abs(), tensors[1][..., :features].abs(), tensors[2]]
+    near = [normal(1, length, heads, 64, dtype=dtype, seed=s) for s in (5, 6)]
+    gates = -0.05 * torch.rand(1, length, heads, device="cuda")
+    cotangent = normal(1, length, heads, value_dim, dtype=dtype, seed=4)
+
+    def run(impl: str, cast: torch.dtype) -> list[Tensor]:
+        phi_q, phi_k, v = leaves = [x.to(cast).requires_grad_() for x in tensors]
+        leaves += [gates.to(torch.promote_types(cast, torch.float32)).requires_grad_()]
+        if window:
+            leaves += [x.to(cast).requires_grad_() for x in near]
+            map_ = GivenFeatures(features, log_scaled=False)
+            options: dict[str, Any] = {"q_far": phi_q, "k_far": phi_k, "window": window, "sinks": 4}
+            out = kernel_attention(*leaves[4:], v, feature_map=map_, decay=leaves[3], impl=impl, **options).out
+        else:
+            out = linear_attention(phi_q, phi_k, v, decay=leaves[3], impl=impl).out
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+    exact, low, found = run("chunked", torch.float64), run("chunked", dtype), run("triton", dtype)
+    terms = float(cotangent.abs().max() * tensors[2].abs().max())
+    for i, want in enumerate(exact):
+        budget = budgets.low_precision(dtype, want, low[i], count=length, terms=terms)
+        assert budgets.error(found[i], want) <= budget, f"{i}: {budgets.error(found[i], want)} > {budget}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -85,6 +85,30 @@ def test_mild_and_strong_decays_equal_the_reference(options: dict[str, Any], for
         torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 5, "sinks": 2, "decay": True}], ids=["pure", "hybrid-decay"])
+@pytest.mark.parametrize("dkv_chunk", [32, 64])
+def test_long_chunks_equal_the_reference(options: dict[str, Any], dkv_chunk: int) -> None:
+    """Of 64 tokens, as on a GPU, where dkv of one query head a key head takes its products in another order."""
+    config = Config(chunk=64, fold_chunk=64, near_chunk=16, dkv_chunk=dkv_chunk, programs=2, shortest=64)
+    rng = torch.Generator().manual_seed(5)
+    tensors = [torch.randn(1, 150, 1, 8, generator=rng).to(DEVICE) for _ in range(3)]
+    decay = [-0.1 * torch.rand(1, 150, 1, generator=rng).to(DEVICE)] if "decay" in options else []
+    options = {name: value for name, value in options.items() if name != "decay"}
+
+    def run(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (*tensors, *decay)]
+        phi = make("elu", 8)
+        gate = leaves[3] if decay else None
+        out = kernel_attention(*leaves[:3], decay=gate, feature_map=phi, impl=impl, **options).out
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    exact = run("reference", torch.float64)
+    with using(config):
+        results = run("triton", torch.float32)
+    for found, want in zip(results, exact, strict=True):
+        torch.testing.assert_close(found.double(), want, atol=2e-6 * max(1.0, want.abs().max().item()), rtol=1e-5)
+
+
 @pytest.fixture
 def no_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every map is computed by a kernel of its own."""
