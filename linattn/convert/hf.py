@@ -125,8 +125,8 @@ class ConvertedAttention(nn.Module):
             return q, k
         if rotation is None:
             raise ConversionError(
-                "far_rope=False: the layer was called without the rotary embedding to undo. A converted module hands "
-                "it over when it is called; was its forward called directly?"
+                "far_rope=False: the layer was called without the rotary embedding to undo, which its attention module "
+                "hands over once a call. If that module attends several times a call, convert it with far_rope=True."
             )
         return rotation.undo(q, k)
 

@@ -8,6 +8,7 @@ that comes after it, is tried out on the module itself before its first call.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -53,13 +54,12 @@ class Rotation:
         wide = torch.promote_types(q.dtype, torch.float32)
         cos, sin = self.cos.to(wide), self.sin.to(wide)
         square = cos.square() + sin.square()
-        heads_first = [x.to(wide).transpose(1, 2) for x in (q, k)]
-        embedded = self.embed(*(x[..., : self.size] for x in heads_first), cos / square, -sin / square)
+        q_first, k_first = (x.to(wide).transpose(1, 2) for x in (q, k))
+        done = self.embed(q_first[..., : self.size], k_first[..., : self.size], cos / square, -sin / square)
         if self.size is not None:
-            embedded = tuple(
-                torch.cat([y, x[..., self.size :]], -1) for x, y in zip(heads_first, embedded, strict=True)
-            )
-        q_far, k_far = (x.transpose(1, 2).to(q.dtype) for x in embedded)
+            rest = (x[..., self.size :] for x in (q_first, k_first))
+            done = tuple(torch.cat(parts, -1) for parts in zip(done, rest, strict=True))  # type: ignore[assignment]
+        q_far, k_far = (x.transpose(1, 2).to(q.dtype) for x in done)
         return q_far, k_far
 
 
@@ -79,13 +79,19 @@ def embedding_of(module: nn.Module) -> Embed:
     forward = inspect.unwrap(type(module).forward)
     embed: Any = getattr(forward, "__globals__", {}).get(EMBED)
     named = {"hidden_states", "position_embeddings"} <= inspect.signature(forward).parameters.keys()
-    if embed is None or EMBED not in forward.__code__.co_names or not named:
+    takes = [] if embed is None else list(inspect.signature(embed).parameters)
+    known = takes[:4] == ["q", "k", "cos", "sin"] or takes[1:3] == ["cos", "sin"]
+    if EMBED not in forward.__code__.co_names or not (named and known):
         raise ConversionError(
             f"far_rope=False: {type(module).__name__} does not embed its queries and keys by {EMBED}(q, k, cos, sin) "
             "from position_embeddings: there is no rotary embedding to undo, or none of a known form. Use "
             "far_rope=True, which changes nothing for a layer without rotary embedding."
         )
-    return embed
+    return embed if takes[1] == "k" else functools.partial(_each, embed)
+
+
+def _each(embed: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return embed(q, cos, sin), embed(k, cos, sin)
 
 
 def rotation_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation:
@@ -132,9 +138,11 @@ def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None
     )
     turns = not (torch.equal(q, plain[0]) and torch.equal(k, plain[1]))
     if turns:
+        # Some families embed in float32 whatever the model's dtype is.
+        bound = 16 * max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
         for name, found, want in zip(("queries", "keys"), turned.undo(q, k), plain, strict=True):
             error = (found - want).abs().max() / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
-            if not error <= 16 * torch.finfo(want.dtype).eps:
+            if not error <= bound:
                 raise ConversionError(
                     f"far_rope=False: undoing the rotary embedding of {type(module).__name__} leaves a relative error "
                     f"of {error.item():.1g} in its {name}: they pass through more than that (a norm after it, say). "
@@ -145,8 +153,10 @@ def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None
 
 def _seen(module: nn.Module, tokens: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     """Queries and keys that ``module`` makes of ``tokens`` under ``rotation``."""
-    given = {"hidden_states": tokens, "position_embeddings": (rotation.cos, rotation.sin)}
+    given: dict[str, Any] = {"hidden_states": tokens, "position_embeddings": (rotation.cos, rotation.sin)}
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD or p.name == "position_ids" for p in parameters):
+        given["position_ids"] = torch.arange(PROBE, device=tokens.device)[None]
     named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     missing = {p.name: None for p in named if p.default is p.empty and p.name not in ("self", *given)}
     module.__dict__[PROBE_ATTRIBUTE] = True
