@@ -139,6 +139,28 @@ def test_a_state_continues_exactly_after_rollback_reordering_and_storage(familie
         torch.testing.assert_close(logits(model, rows[:, 25:], past_key_values=held), want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gpt-neox"])
+def test_gradients_go_through_both_branches(families, name):
+    """To the projections, along both forms of queries and keys: as finite differences say."""
+    model = build(families[name])
+    tokens = families[name].inputs()["input_ids"]
+    weights = [p for path, p in model.named_parameters() if "k_proj" in path or "query_key_value.weight" in path]
+
+    def loss() -> Tensor:
+        return model(tokens, use_cache=False).logits.square().mean()
+
+    gradients = torch.autograd.grad(loss(), weights)
+    slope = sum(g.square().sum().item() for g in gradients)
+    assert slope > 0
+    ends = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for p, g in zip(weights, gradients, strict=True):
+                p.add_(g, alpha=step / slope)
+            ends.append(loss().item())
+    assert ends[0] - ends[1] == pytest.approx(2e-5, rel=1e-3)
+
+
 def test_scaled_angles_are_undone_with_their_scale(make_llama, tokens):
     model = make_llama(layers=1, rope_parameters=YARN).double()
     convert_model(model, **FAR)

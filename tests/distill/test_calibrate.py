@@ -172,9 +172,8 @@ def test_the_far_branch_starts_with_the_mass_of_softmax(kind, options, monkeypat
         monkeypatch.setitem(registry._MAPS, cls.name, cls)
     cls, sizes, converting = MODELS[kind]
     ids = batch(rows=1, length=20)
-    model = convert_model(
-        build(cls, **(sizes | {"sliding_window": 9} if "sliding_window" in sizes else {})), **(FAR | converting | options)
-    )
+    sizes = sizes | {"sliding_window": 9} if "sliding_window" in sizes else sizes
+    model = convert_model(build(cls, **sizes), **(FAR | converting | options))
     layer = layers_of(model)[0]
     if options.get("decay") == "data":
         nn.init.normal_(layer.gate_weight)
