@@ -28,6 +28,7 @@ PROBE = 5
 """Tokens that a module is tried with."""
 
 Embed = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_EMBEDDINGS: dict[type[nn.Module], Embed] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +77,22 @@ def embedding_of(module: nn.Module) -> Embed:
     Raises:
         ConversionError: it embeds none, or in a way that is not known here.
     """
-    forward = inspect.unwrap(type(module).forward)
+    kind = type(module)
+    if kind in _EMBEDDINGS:
+        return _EMBEDDINGS[kind]
+    forward = inspect.unwrap(kind.forward)
     embed: Any = getattr(forward, "__globals__", {}).get(EMBED)
     named = {"hidden_states", "position_embeddings"} <= inspect.signature(forward).parameters.keys()
     takes = [] if embed is None else list(inspect.signature(embed).parameters)
     known = takes[:4] == ["q", "k", "cos", "sin"] or takes[1:3] == ["cos", "sin"]
     if EMBED not in forward.__code__.co_names or not (named and known):
         raise ConversionError(
-            f"far_rope=False: {type(module).__name__} does not embed its queries and keys by {EMBED}(q, k, cos, sin) "
+            f"far_rope=False: {kind.__name__} does not embed its queries and keys by {EMBED}(q, k, cos, sin) "
             "from position_embeddings: there is no rotary embedding to undo, or none of a known form. Use "
             "far_rope=True, which changes nothing for a layer without rotary embedding."
         )
-    return embed if takes[1] == "k" else functools.partial(_each, embed)
+    _EMBEDDINGS[kind] = embed if takes[1] == "k" else functools.partial(_each, embed)
+    return _EMBEDDINGS[kind]
 
 
 def _each(embed: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
@@ -129,18 +134,26 @@ def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None
         return
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randn(1, PROBE, hidden_states.shape[-1], generator=draw).to(hidden_states)
-    # One angle for all entries of a head holds for every order of them.
-    angle = torch.arange(1, PROBE + 1).to(rotation.cos)[None, :, None].expand(-1, -1, rotation.cos.shape[-1])
-    turned = dataclasses.replace(rotation, cos=angle.cos(), sin=angle.sin())
+    # The angles of a token of the call and further ones, equal for all entries of a head, which hold in any order.
+    more = torch.arange(1, PROBE + 1, device=rotation.cos.device)[None, :, None]
+    cos, sin = rotation.cos[:1, -1:].float(), rotation.sin[:1, -1:].float()
+    cos, sin = cos * more.cos() - sin * more.sin(), sin * more.cos() + cos * more.sin()
+    cos, sin = cos.to(rotation.cos.dtype), sin.to(rotation.sin.dtype)
+    turned = dataclasses.replace(rotation, cos=cos, sin=sin)
     q, k = _seen(module, tokens, turned)
-    plain = _seen(
-        module, tokens, dataclasses.replace(rotation, cos=torch.ones_like(angle), sin=torch.zeros_like(angle))
-    )
+    plain = _seen(module, tokens, dataclasses.replace(rotation, cos=torch.ones_like(cos), sin=torch.zeros_like(sin)))
     turns = not (torch.equal(q, plain[0]) and torch.equal(k, plain[1]))
     if turns:
+        try:
+            undone = turned.undo(q, k)
+        except RuntimeError as error:
+            raise ConversionError(
+                f"far_rope=False: the rotary embedding of {type(module).__name__} cannot be undone ({error}); convert "
+                "the model with far_rope=True."
+            ) from error
         # Some families embed in float32 whatever the model's dtype is.
         bound = 16 * max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
-        for name, found, want in zip(("queries", "keys"), turned.undo(q, k), plain, strict=True):
+        for name, found, want in zip(("queries", "keys"), undone, plain, strict=True):
             error = (found - want).abs().max() / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
             if not error <= bound:
                 raise ConversionError(
