@@ -146,11 +146,11 @@ def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None
     if turns:
         try:
             undone = turned.undo(q, k)
-        except RuntimeError as error:
+        except RuntimeError as reason:
             raise ConversionError(
-                f"far_rope=False: the rotary embedding of {type(module).__name__} cannot be undone ({error}); convert "
+                f"far_rope=False: the rotary embedding of {type(module).__name__} cannot be undone ({reason}); convert "
                 "the model with far_rope=True."
-            ) from error
+            ) from reason
         # Some families embed in float32 whatever the model's dtype is.
         bound = 16 * max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
         for name, found, want in zip(("queries", "keys"), undone, plain, strict=True):
