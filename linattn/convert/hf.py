@@ -33,7 +33,7 @@ NAME = "linattn"
 KEPT_ATTRIBUTE = "_linattn_kept"
 """Set on every attention module behind the seam: the implementation that softmax layers use."""
 CACHE_ATTRIBUTE = "_linattn_cache_layer"
-"""Holds a converted module's cache layer between its forward pre-hook and the attention function, or None."""
+"""Holds a converted module's cache layer between its forward pre-hook and the attention function."""
 ROTATION_ATTRIBUTE = "_linattn_rotation"
 """Holds the rotary embedding of a converted module's call for as long, where the far branch does without it."""
 
@@ -402,14 +402,7 @@ def attention_forward(
         raise Seen(query, key)
     if converted is None:
         return _kept_forward(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
-    if CACHE_ATTRIBUTE not in module.__dict__:
-        raise UnsupportedError(
-            f"{type(module).__name__} attends several times a call, and a converted layer remembers one attention's "
-            "keys and values; pass use_cache=False, or keep it softmax."
-        )
-    cache_layer = module.__dict__[CACHE_ATTRIBUTE]
-    if cache_layer is not None:
-        del module.__dict__[CACHE_ATTRIBUTE]
+    cache_layer = module.__dict__.pop(CACHE_ATTRIBUTE, None)
     rotation = module.__dict__.pop(ROTATION_ATTRIBUTE, None)
     _refuse_unsupported(query, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

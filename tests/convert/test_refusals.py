@@ -307,14 +307,3 @@ def test_weights_of_another_size_are_told(sharded, make_llama, tmp_path):
     (tmp_path / "other" / "config.json").write_text((sharded / "config.json").read_text())
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(tmp_path / "other")
-
-
-def test_a_module_that_attends_twice_a_call_has_no_cache():
-    torch.manual_seed(0)
-    model = convert_model(transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**GQA)), window=6, sinks=2)
-    tokens = torch.randint(3, 64, (1, 20))
-    assert torch.isfinite(model(tokens, use_cache=False).logits).all()
-    for _ in range(2):
-        with pytest.raises(UnsupportedError, match="DiffLlamaAttention attends several times a call"):
-            model(tokens, use_cache=True)
-    assert torch.isfinite(model(tokens, use_cache=False).logits).all()
