@@ -175,7 +175,7 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     if window < 1:
         raise OptionError(f"student: its states take {budget} bytes, windows of one token {size(1)}: no control.")
     for layer in plan.converted:
-        layer.feature_map, layer.feature_map_options, layer.decay = "elu", {}, None
+        layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = "elu", {}, None, True
         layer.window = window if layer.native_window is None else min(window, layer.native_window)
     return plan
 
@@ -209,6 +209,7 @@ def _linear_bytes(model: nn.Module) -> int:
             head_dim=phi.head_dim,
             window=layer.window,
             sinks=layer.sinks,
+            far_head_dim=phi.head_dim if layer.far and not layer.far_rope else None,
             decay=layer.far and layer.decay is not None,
             dtype=layer.far_bias.dtype,
             device="meta",

@@ -141,7 +141,7 @@ def _facts(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, A
     sinks = options.get("sink_logits")
     most = total if sinks is None else total + (sinks.double() - SINK).exp()
     facts = {"far_mass": ((total - near) / most)[:, layer.window + layer.sinks :].mean((0, 1))}
-    gates = layer.log_gates(k)
+    gates = layer.log_gates(layer.far_inputs(q, k, options.get("rotation"))[1])
     if gates is not None:
         facts["rate"] = -gates.double().flatten(0, -2).mean(0) if gates.ndim > 1 else -gates.double()
     cache_layer: LinattnCacheLayer = options["cache_layer"]
@@ -169,7 +169,7 @@ def _teacher_masses(teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tens
     """``[H]`` of each layer of ``plan``: the mass of its far tokens in the teacher's softmax, over the windows."""
     plan = ConversionPlan.from_dict(plan.to_dict())
     for planned in plan.converted:
-        planned.feature_map, planned.feature_map_options, planned.decay = "elu", {}, None
+        planned.feature_map, planned.feature_map_options, planned.decay, planned.far_rope = "elu", {}, None, True
     seam = convert_model(teacher, plan=plan)
     try:
         layers = converted_layers(seam)

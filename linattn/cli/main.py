@@ -90,6 +90,9 @@ MapOptions = Annotated[
 Window = Annotated[int, typer.Option(min=0, help="Recent tokens attended exactly.")]
 Sinks = Annotated[int, typer.Option(min=0, help="First tokens attended exactly.")]
 DecayOption = Annotated[Decay, typer.Option(help="Forgetting in the far branch: learned half-lives, or gated by data.")]
+FarRope = Annotated[
+    bool, typer.Option(help="Whether the far branch reads queries and keys after rotary embedding, or before it.")
+]
 KeepLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Attention layers left softmax, by index: 0,5,10-12."),
@@ -104,6 +107,7 @@ PLAN_OPTIONS = (
     "window",
     "sinks",
     "decay",
+    "far_rope",
     "keep_layers",
     "native_sliding",
     "keep_unsupported",
@@ -118,6 +122,7 @@ def plan(
     window: Window = 128,
     sinks: Sinks = 4,
     decay: DecayOption = Decay.none,
+    far_rope: FarRope = True,
     keep_layers: KeepLayers = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
@@ -138,7 +143,7 @@ def plan(
     """
     source = Source.find(model)
     options = _plan_options(
-        feature_map, map_option, window, sinks, decay, keep_layers, native_sliding, keep_unsupported
+        feature_map, map_option, window, sinks, decay, far_rope, keep_layers, native_sliding, keep_unsupported
     )
     with _progress() as step, step(f"Reading {model}"):
         from linattn.convert import plan_model
@@ -159,6 +164,7 @@ def convert(
     window: Window = 128,
     sinks: Sinks = 4,
     decay: DecayOption = Decay.none,
+    far_rope: FarRope = True,
     keep_layers: KeepLayers = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
@@ -184,7 +190,7 @@ def convert(
     """
     source = Source.find(model)
     options = _plan_options(
-        feature_map, map_option, window, sinks, decay, keep_layers, native_sliding, keep_unsupported
+        feature_map, map_option, window, sinks, decay, far_rope, keep_layers, native_sliding, keep_unsupported
     )
     if plan is not None:
         _refuse_beside_plan(ctx)
@@ -526,6 +532,7 @@ def _plan_options(
     window: int,
     sinks: int,
     decay: Decay,
+    far_rope: bool,
     keep_layers: str | None,
     native_sliding: Sliding,
     keep_unsupported: bool,
@@ -537,6 +544,7 @@ def _plan_options(
         "window": window,
         "sinks": sinks,
         "decay": None if decay is Decay.none else decay.value,
+        "far_rope": far_rope,
         "keep_softmax": _indices(keep_layers or ""),
         "native_sliding": native_sliding.value,
         "on_unsupported": "keep" if keep_unsupported else "error",

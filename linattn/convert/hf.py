@@ -2,8 +2,8 @@
 
 Two functions are registered under the name ``"linattn"``: an attention function and a mask function. The attention
 function finds the :class:`ConvertedAttention` child of the module that calls it; a module without one was kept softmax
-and is sent on to the implementation it had. A forward pre-hook hands each converted module its cache layer, which the
-attention function would not see otherwise.
+and is sent on to the implementation it had. A forward pre-hook hands over a converted module's cache layer and rotary
+embedding, which the attention function would not see otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from linattn.attention import starting_log_half_lives
 from linattn.convert.cache import LinattnCacheLayer, adopt
 from linattn.convert.plan import LayerPlan
+from linattn.convert.rotary import PROBE_ATTRIBUTE, Rotation, Seen, rotation_of
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
 from linattn.feature_maps import SequenceMap, make
 from linattn.kernels import kernel_attention
@@ -33,6 +34,8 @@ KEPT_ATTRIBUTE = "_linattn_kept"
 """Set on every attention module behind the seam: the implementation that softmax layers use."""
 CACHE_ATTRIBUTE = "_linattn_cache_layer"
 """Holds a converted module's cache layer between its forward pre-hook and the attention function."""
+ROTATION_ATTRIBUTE = "_linattn_rotation"
+"""Holds the rotary embedding of a converted module's call for as long, where the far branch does without it."""
 
 
 class ConvertedAttention(nn.Module):
@@ -49,6 +52,7 @@ class ConvertedAttention(nn.Module):
         far: False deletes the far branch, leaving a sliding window with sinks: the control a conversion must beat.
             See :func:`linattn.convert.window_only`.
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
+        far_rope: False where the far branch reads queries and keys before rotary embedding.
     """
 
     far_bias: nn.Parameter
@@ -60,7 +64,7 @@ class ConvertedAttention(nn.Module):
         if layer.feature_map is None:
             raise ConversionError(f"{layer.path}: kind='convert' needs a feature_map.")
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
-        self.native_window = layer.native_window
+        self.native_window, self.far_rope = layer.native_window, layer.far_rope
         self.far = True
         self.feature_map = make(
             layer.feature_map,
@@ -99,7 +103,10 @@ class ConvertedAttention(nn.Module):
             self.gate_bias.copy_(torch.log(torch.expm1(rate)))
 
     def log_gates(self, k: Tensor) -> Tensor | None:
-        """Log-gates ≤ 0 of keys ``[B, T, Hkv, D]``: None, ``[Hkv]`` (fixed) or ``[B, T, Hkv]`` (data), in float32."""
+        """Log-gates ≤ 0 of keys ``[B, T, Hkv, D]``: None, ``[Hkv]`` (fixed) or ``[B, T, Hkv]`` (data), in float32.
+
+        They are the keys that the feature map sees; see :meth:`far_inputs`.
+        """
         if self.decay is None:
             return None
         wide = torch.promote_types(k.dtype, torch.float32)
@@ -107,6 +114,21 @@ class ConvertedAttention(nn.Module):
             return -math.log(2) * torch.exp(-self.log_half_life.to(wide))
         gate = torch.einsum("bthd,hd->bth", k.to(wide), self.gate_weight.to(wide)) + self.gate_bias.to(wide)
         return -nn.functional.softplus(gate)
+
+    def far_inputs(self, q: Tensor, k: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """What the feature map sees of queries and keys: themselves, or what they were before their ``rotation``.
+
+        Raises:
+            ConversionError: the layer's far branch does without rotary embedding, and there is no ``rotation``.
+        """
+        if self.far_rope:
+            return q, k
+        if rotation is None:
+            raise ConversionError(
+                "far_rope=False: the layer was called without the rotary embedding to undo, which its attention module "
+                "hands over once a call. If that module attends several times a call, convert it with far_rope=True."
+            )
+        return rotation.undo(q, k)
 
     def forward(
         self,
@@ -120,6 +142,7 @@ class ConvertedAttention(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache_layer: LinattnCacheLayer | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Attention of new tokens over themselves and what ``cache_layer`` remembers.
 
@@ -129,6 +152,7 @@ class ConvertedAttention(nn.Module):
             mask: ``[B, T]`` bool, True for real tokens.
             cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens.
             cache_layer: where the state is read from and stored to.
+            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs`.
 
         Returns:
             ``[B, T, H, V]``.
@@ -147,6 +171,7 @@ class ConvertedAttention(nn.Module):
                 "that layer's scale in the plan (plan.layers[i].scale) and convert with it."
             )
         shape = q.shape
+        q_far, k_far = self.far_inputs(q, k, rotation) if self.far and not self.far_rope else (None, None)
         if cu_seqlens is not None:
             if cache_layer is not None:
                 raise UnsupportedError(
@@ -154,6 +179,7 @@ class ConvertedAttention(nn.Module):
                     "holds one sequence per row; pass use_cache=False."
                 )
             q, k, v = (t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v))
+            q_far, k_far = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (q_far, k_far))
             mask = None if mask is None else mask.reshape(1, -1)
         result = kernel_attention(
             q,
@@ -163,11 +189,13 @@ class ConvertedAttention(nn.Module):
             window=self.window,
             sinks=self.sinks,
             far=self.far,
-            decay=self.log_gates(k) if self.far else None,
+            decay=self.log_gates(k if k_far is None else k_far) if self.far else None,
             far_bias=self.far_bias if self.far else None,
             scale=phi.scale,
             softcap=softcap,
             sink_logits=sink_logits,
+            q_far=q_far,
+            k_far=k_far,
             causal=self.causal,
             mask=mask,
             cu_seqlens=cu_seqlens,
@@ -181,7 +209,7 @@ class ConvertedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
-        return ", ".join(parts)
+        return ", ".join([*parts, f"far_rope={self.far_rope}"])
 
 
 @contextlib.contextmanager
@@ -370,9 +398,12 @@ def attention_forward(
     """
     # An adapter library may have wrapped the ConvertedAttention: whatever the child is, the layer is converted.
     converted: Any = module._modules.get(NAME)
+    if PROBE_ATTRIBUTE in module.__dict__:
+        raise Seen(query, key)
     if converted is None:
         return _kept_forward(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
     cache_layer = module.__dict__.pop(CACHE_ATTRIBUTE, None)
+    rotation = module.__dict__.pop(ROTATION_ATTRIBUTE, None)
     _refuse_unsupported(query, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     padding, cu_seqlens = None, None
@@ -395,6 +426,7 @@ def attention_forward(
         mask=padding,
         cu_seqlens=cu_seqlens if packing is None else packing,
         cache_layer=cache_layer,
+        rotation=rotation,
     )
     return out.contiguous(), None
 
@@ -445,11 +477,14 @@ def _kept_forward(
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
-def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a converted attention module: find the cache among its arguments, whatever its name."""
+def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a converted attention module: find its cache, whatever its name, and its rotary embedding."""
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     layer_idx: Any = getattr(module, "layer_idx", None)
     module.__dict__[CACHE_ATTRIBUTE] = None if cache is None else adopt(cache, layer_idx)
+    converted: Any = module._modules[NAME]
+    if not converted.far_rope:
+        module.__dict__[ROTATION_ATTRIBUTE] = rotation_of(module, args, kwargs)
 
 
 AttentionInterface.register(NAME, attention_forward)

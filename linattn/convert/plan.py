@@ -14,6 +14,7 @@ from linattn.feature_maps import FeatureMap, SequenceMap, get, make
 from linattn.feature_maps.registry import option_names
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 FORMAT = 1
@@ -43,6 +44,8 @@ class LayerPlan:
         sinks: first tokens attended exactly by all.
         decay: None, ``"fixed"`` (one learned half-life per key/value head) or ``"data"`` (gated by each key).
         native_window: the layer's own sliding window, or None.
+        far_rope: False lets the feature map, and the gates, read queries and keys before rotary embedding; window and
+            sinks read them after it.
         notes: what changes beyond the attention itself.
     """
 
@@ -63,6 +66,7 @@ class LayerPlan:
     sinks: int = 0
     decay: str | None = None
     native_window: int | None = None
+    far_rope: bool = True
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -151,7 +155,8 @@ class ConversionPlan:
         header = ("#", "layer", "attention", "heads", "becomes", "window", "sinks", "decay", "why")
         rows = [header]
         for layer in self.layers:
-            why = "; ".join([layer.reason] * bool(layer.reason) + layer.notes)
+            notes = [*layer.notes, "no rotary embedding in the far branch"] if not layer.far_rope else layer.notes
+            why = "; ".join([layer.reason] * bool(layer.reason) + notes)
             heads = f"{layer.heads}/{layer.kv_heads}×{layer.head_dim}" if layer.heads else ""
             how = ("softmax", "", "", "", why)
             if layer.kind == "convert":
@@ -170,6 +175,7 @@ def plan_model(
     window: int = 128,
     sinks: int = 4,
     decay: str | None = None,
+    far_rope: bool = True,
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
@@ -184,6 +190,8 @@ def plan_model(
             with each layer's plan once, to learn the name and options of the map it returns.
         window: tokens attended exactly. sinks: first tokens attended exactly by all.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
+        far_rope: False keeps rotary embedding out of the far branch; see :class:`LayerPlan`. Layers that say they have
+            none (``use_rope``) are left at True.
         feature_map_options: options of the feature map. A map that takes a ``seed`` and is given none gets the layer's
             index, so that every layer draws its own.
         layers: indices of the attention layers to convert; default all that can be.
@@ -194,14 +202,16 @@ def plan_model(
             that layer softmax.
 
     Raises:
-        ConversionError: nothing can be converted, or a layer cannot; layer, class, reason and remedy are named.
+        ConversionError: nothing can be converted, or a layer cannot, or it has no rotary embedding that the far branch
+            could do without; layer, class, reason and remedy are named.
         OptionError: an option is outside its domain.
         FeatureMapError: the feature map is unknown, or refuses its options.
     """
     from linattn.convert.seam import find_attention
 
-    _check_options(window, sinks, decay, native_sliding, on_unsupported)
+    _check_options(window, sinks, decay, far_rope, native_sliding, on_unsupported)
     found = list(find_attention(model))
+    modules = {layer.index: module for layer, module in found}
     entries = [layer for layer, _ in found]
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
@@ -222,6 +232,8 @@ def plan_model(
             layer.kind, layer.reason = "keep", f"has a sliding window of its own ({layer.native_window})"
         else:
             _fill(layer, feature_map, feature_map_options or {}, window, sinks, decay)
+            if not far_rope and getattr(modules[layer.index], "use_rope", True):
+                _without_rope(layer, modules[layer.index])
     plan = ConversionPlan(model.config.model_type, entries)
     # A layer that is linear already is no obstacle to converting the others.
     blocking = [layer for layer in refused if layer.reason != LINEAR]
@@ -272,12 +284,26 @@ def _fill(
         layer.notes.append(f"{layer.feature_map} replaces the attention as a whole: no window, no sinks")
 
 
-def _check_options(window: int, sinks: int, decay: str | None, native_sliding: str, on_unsupported: str) -> None:
+def _without_rope(layer: LayerPlan, module: nn.Module) -> None:
+    from linattn.convert.rotary import embedding_of
+
+    try:
+        embedding_of(module)
+    except ConversionError as error:
+        raise ConversionError(f"{layer.path}: {error}") from error
+    layer.far_rope = False
+
+
+def _check_options(
+    window: int, sinks: int, decay: str | None, far_rope: bool, native_sliding: str, on_unsupported: str
+) -> None:
     for name, value in (("window", window), ("sinks", sinks)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"{name}: got {value!r}, expected an integer ≥ 0.")
     if decay not in DECAYS:
         raise OptionError(f"decay: got {decay!r}, expected one of {', '.join(map(repr, DECAYS))}.")
+    if not isinstance(far_rope, bool):
+        raise OptionError(f"far_rope: got {far_rope!r}, expected True or False.")
     if native_sliding not in ("keep", "convert"):
         raise OptionError(f"native_sliding: got {native_sliding!r}, expected 'keep' or 'convert'.")
     if on_unsupported not in ("error", "keep"):
@@ -295,7 +321,7 @@ def _check_layer(layer: LayerPlan) -> None:
         raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
     if layer.feature_map is None:
         raise OptionError(f"{layer.path}: kind='convert' needs a feature_map.")
-    _check_options(layer.window, layer.sinks, layer.decay, "keep", "error")
+    _check_options(layer.window, layer.sinks, layer.decay, layer.far_rope, "keep", "error")
     try:
         built = make(
             layer.feature_map,
@@ -309,6 +335,11 @@ def _check_layer(layer: LayerPlan) -> None:
     except LinattnError as error:
         error.args = (f"{layer.path} ({layer.attention}): {error}",)
         raise
+    if not layer.far_rope and isinstance(built, SequenceMap):
+        raise OptionError(
+            f"far_rope: {layer.path}: {layer.feature_map} replaces the attention as a whole and has no far branch that "
+            "could read other queries and keys; use far_rope=True."
+        )
     if layer.causal and not built.causal:
         raise ConversionError(
             f"{layer.path} ({layer.attention}) is causal, and {layer.feature_map!r} mixes tokens along the sequence; "

@@ -17,8 +17,16 @@ from linattn.convert.families import (
     converted_model_class,
     register_model_type,
 )
-from linattn.convert.hf import CACHE_ATTRIBUTE, KEPT_ATTRIBUTE, NAME, ConvertedAttention, hand_over_cache
+from linattn.convert.hf import (
+    CACHE_ATTRIBUTE,
+    KEPT_ATTRIBUTE,
+    NAME,
+    ROTATION_ATTRIBUTE,
+    ConvertedAttention,
+    hand_over,
+)
 from linattn.convert.plan import ConversionPlan, LayerPlan, MapSpec, plan_model
+from linattn.convert.rotary import TURNS_ATTRIBUTE, embedding_of
 from linattn.convert.seam import find_attention
 from linattn.errors import CheckpointError, ConversionError, OptionError
 
@@ -35,6 +43,7 @@ def convert_model(
     window: int = 128,
     sinks: int = 4,
     decay: str | None = None,
+    far_rope: bool = True,
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
@@ -79,6 +88,7 @@ def convert_model(
         "window": window,
         "sinks": sinks,
         "decay": decay,
+        "far_rope": far_rope,
         "feature_map_options": feature_map_options,
         "layers": layers,
         "keep_softmax": keep_softmax,
@@ -118,7 +128,8 @@ def revert_model(model: Model) -> Model:
     implementation = {}
     for module in model.modules():
         kept = module.__dict__.pop(KEPT_ATTRIBUTE, None)
-        module.__dict__.pop(CACHE_ATTRIBUTE, None)
+        for name in (CACHE_ATTRIBUTE, ROTATION_ATTRIBUTE, TURNS_ATTRIBUTE):
+            module.__dict__.pop(name, None)
         if kept is None:
             continue
         implementation[id(module.config)] = (module.config, kept)
@@ -170,7 +181,7 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
     for path, child in children.items():
         module = model.get_submodule(path)
         module.add_module(NAME, child)
-        module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
+        module.register_forward_pre_hook(hand_over, with_kwargs=True)
     for submodel in _submodels(model):
         if not isinstance(submodel, ConvertedModel):
             submodel.__class__ = converted_model_class(type(submodel))
@@ -179,6 +190,8 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
 def _build(layer: LayerPlan, module: nn.Module) -> ConvertedAttention:
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
+    if not layer.far_rope:
+        embedding_of(module)
     return ConvertedAttention(layer, device=device, dtype=dtype).train(module.training)
 
 
@@ -256,6 +269,6 @@ def _submodels(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 def _remove_hook(module: nn.Module) -> None:
     hooks: dict[int, Callable[..., Any]] = module._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is hand_over_cache]:
+    for key in [key for key, hook in hooks.items() if hook is hand_over]:
         del hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -80,19 +80,23 @@ def prepare(
     def error() -> float:
         return relative_error(ConvertedAttention.forward(module, q, k, v, **options), split.out).item()
 
-    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], split.log_far[0]))
+    q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
+    module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
     fit = getattr(module.feature_map, "fit", None)
     if fit is None:
         return
     before, unfitted = {name: t.clone() for name, t in module.state_dict().items()}, error()
-    fit(q[:, module.window + module.sinks :], k[:, module.sinks : k.shape[1] - module.window])
-    module.far_bias.copy_(_matching_bias(module, q[:1], k[:1], split.log_far[0]))
+    fit(q_far[:, module.window + module.sinks :], k_far[:, module.sinks : k.shape[1] - module.window])
+    module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
     if not error() < unfitted:
         module.load_state_dict(before)
 
 
 def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor) -> Tensor:
-    """``[H]`` mean over queries of softmax's ``log_far [T, H]`` − log(the map's far mass); 0 where none has both."""
+    """``[H]`` mean over queries of softmax's ``log_far [T, H]`` − log(the map's far mass); 0 where none has both.
+
+    Queries and keys are those that the feature map sees.
+    """
     phi, length, groups = module.feature_map, q.shape[1], q.shape[2] // k.shape[2]
     at = torch.arange(length, device=q.device)
     positions = (at[None],) if phi.positional else ()

@@ -141,7 +141,8 @@ class LayerErrors(Objective):
                     near = split
                     if module.native_window is not None and module.sinks:  # which sees sinks that softmax did not
                         near = exact(module, q, k, v, options, native_window=None)
-                    found = _errors(split, far_branch(module, q, k, v, near))
+                    q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
+                    found = _errors(split, far_branch(module, q_far, k_far, v, near))
                     loss = found["hybrid"] + self.stage.far_weight * found["far"]
                     loss = loss + self.stage.mass_weight * found["mass"]
                 else:
@@ -217,7 +218,8 @@ def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, spli
 
     Args:
         module: a converted layer whose map is positive and not positional.
-        q, k, v: as it is called with; computed in float32 at least.
+        q, k: what its feature map sees (:meth:`ConvertedAttention.far_inputs`). v: as it is called with. Computed in
+            float32 at least.
         split: softmax attention split at the layer's window and sinks, with no other limit: what is near to it.
     """
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -27,22 +27,25 @@ def test_softmax_keeps_every_key_and_value(llama, length):
     assert state_bytes(llama().bfloat16(), length).total == LAYERS * PAIR * length // 2
 
 
+@pytest.mark.parametrize("far_rope", [True, False])
 @pytest.mark.parametrize("decay", [None, "data"])
-def test_a_state_has_the_bytes_of_its_tensors(llama, decay):
-    model = convert_model(llama(), feature_map="elu", window=5, sinks=3, decay=decay)
+def test_a_state_has_the_bytes_of_its_tensors(llama, decay, far_rope):
+    model = convert_model(llama(), feature_map="elu", window=5, sinks=3, decay=decay, far_rope=far_rope)
     features = 8
     sums = HEADS * (features * DIM + features + 1) * 4  # kv, k, log-scale
     want = LAYERS * (sums + 2 * 8 + (5 + 3) * PAIR + (0 if decay is None else 5 * HEADS * 4))
+    want += 0 if far_rope else LAYERS * 5 * PAIR // 2  # the window's keys before rotary embedding
     assert state_bytes(model, 10**6) == (want, 0, 10**6)
     with far_off(model):
         assert state_bytes(model, 10**6).linear == LAYERS * (HEADS * 4 + 2 * 8 + (5 + 3) * PAIR)
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student", "hybrid", "half"])
+@pytest.mark.parametrize("kind", ["teacher", "student", "hybrid", "half", "no-far-rope"])
 def test_the_formula_says_what_the_cache_holds_at_that_length(llama, kind):
     model = llama()
     if kind != "teacher":
-        convert_model(model, window=5, decay="fixed", keep_softmax=[1] if kind == "hybrid" else [])
+        kept = [1] if kind == "hybrid" else []
+        convert_model(model, window=5, decay="fixed", keep_softmax=kept, far_rope=kind != "no-far-rope")
     if kind == "half":
         model.bfloat16()
     for length in (3, 77):
@@ -80,9 +83,11 @@ def test_bad_lengths_are_refused(llama, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("far_rope", [True, False])
 @pytest.mark.parametrize("kept", [[], [0]])
-def test_the_control_has_the_largest_window_that_fits(llama, dtype, kept):
-    student = convert_model(llama().to(dtype), window=5, sinks=3, decay="fixed", keep_softmax=kept)
+def test_the_control_has_the_largest_window_that_fits(llama, dtype, kept, far_rope):
+    options = {"window": 5, "sinks": 3, "decay": "fixed", "keep_softmax": kept, "far_rope": far_rope}
+    student = convert_model(llama().to(dtype), **options)
     teacher = llama().to(dtype)
     with equal_bytes_control(teacher, student) as control:
         layers = [module for module in control.modules() if isinstance(module, ConvertedAttention)]

@@ -107,6 +107,33 @@ def test_a_far_branch_without_weight_has_no_mass(llama, windows):
     assert min(second.teacher_far_mass) > 1e-4
 
 
+def test_a_far_branch_without_rotary_embedding_is_measured_as_such(llama, windows):
+    options = {"feature_map": "elu", "window": WINDOW, "sinks": SINKS, "decay": "data", "far_rope": False}
+    student, ids = convert_model(llama(), **options), windows(1, LENGTH)
+    layer, seen = student.model.layers[0].self_attn.linattn, []
+    torch.nn.init.normal_(layer.gate_weight, std=0.1)
+    hook = layer.register_forward_hook(lambda m, args, kw, out: seen.append((*args, kw["rotation"])), with_kwargs=True)
+    with torch.no_grad():
+        student(ids, use_cache=False)
+        student(ids, use_cache=False, position_ids=torch.zeros_like(ids))  # where rotary embedding changes nothing
+    hook.remove()
+    (q, k, *_), (q_far, k_far, *_) = seen
+    assert not torch.allclose(k, k_far, atol=0.1)
+    near = torch.einsum("bthd,bihd->bhti", q, k.repeat_interleave(2, 2)).mul(layer.feature_map.scale).exp()
+    gates = layer.log_gates(k_far)
+    clock = gates.cumsum(1).repeat_interleave(2, 2).transpose(1, 2)
+    f_q, f_k = layer.feature_map.forward_queries(q_far).values, layer.feature_map.forward_keys(k_far).values
+    far = torch.einsum("bthf,bihf->bhti", f_q, f_k.repeat_interleave(2, 2))
+    far = far * (clock[..., None] - clock[..., None, :]).exp()
+    at = torch.arange(LENGTH)
+    weights = torch.where((at[:, None] - at < WINDOW) | (at < SINKS), near, far).tril()
+    found = layer_telemetry(llama(), student, ids)[0]
+    want = far_share(weights / weights.sum(-1, keepdim=True))
+    torch.testing.assert_close(torch.tensor(found.far_mass), want, rtol=1e-3, atol=0)
+    want = -math.log(2) / gates.mean((0, 1))
+    torch.testing.assert_close(torch.tensor(found.half_life), want, rtol=1e-4, atol=0)
+
+
 def test_half_lives(llama, windows):
     ids = windows(2, LENGTH)
     assert layer_telemetry(llama(), convert_model(llama(), window=5), ids)[0].half_life is None

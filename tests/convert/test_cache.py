@@ -19,6 +19,7 @@ VARIANTS = {
     "random-map": {"feature_map": "favor+"},
     "first-kept": {"keep_softmax": [0]},
     "last-kept": {"keep_softmax": [2]},
+    "no-far-rope": {"far_rope": False, "decay": "data"},
 }
 
 

@@ -20,6 +20,8 @@ VARIANTS = {
     "last-kept": ("llama", {"keep_softmax": [1]}),
     "native-windows-kept": ("gpt-oss", {}),
     "softcaps": ("gemma2", {"decay": "data"}),
+    "no-far-rope": ("qwen3", {"far_rope": False, "decay": "data"}),
+    "no-far-rope-of-a-part": ("gpt-neox", {"far_rope": False}),
     "native-windows-converted": ("mistral-sliding", {"native_sliding": "convert"}),
 }
 

@@ -21,10 +21,12 @@ transformers.logging.set_verbosity_error()
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 FAR = {"window": 5, "sinks": 2}
 MODELS = {
     "llama": ("Llama", {}, {}),
     "one-layer-kept": ("Llama", {}, {"keep_softmax": [1]}),
+    "yarn": ("Llama", {"rope_parameters": YARN}, {"far_rope": False}),
     "sliding": ("Mistral", {"sliding_window": 12}, {"native_sliding": "convert"}),
     "softcap": ("Gemma2", {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 1, "sliding_window": 8}, {}),
     "sink-logits": ("GptOss", EXPERTS | {"sliding_window": 8}, {}),
@@ -111,15 +113,17 @@ class QueryScaled(ELU):
         return Features(super().forward_queries(q).values, q.float().sum(-1))
 
 
-def difference_of_masses(layer: ConvertedAttention, q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
+def difference_of_masses(
+    layer: ConvertedAttention, q: Tensor, k: Tensor, q_far: Tensor, k_far: Tensor, softcap: float | None
+) -> Tensor:
     """``[H, T]`` log(softmax's far mass) − log(the map's far mass) of one sequence; NaN where either is not positive.
 
     One pair at a time, in float64.
     """
     phi, length = layer.feature_map, q.shape[1]
     positions = torch.arange(length)[None] if phi.positional else None
-    (f_q, a_q), (f_k, a_k) = phi.forward_queries(q, positions), phi.forward_keys(k, positions)
-    gates = layer.log_gates(k)
+    (f_q, a_q), (f_k, a_k) = phi.forward_queries(q_far, positions), phi.forward_keys(k_far, positions)
+    gates = layer.log_gates(k_far)
     difference = torch.full((q.shape[2], length), math.nan, dtype=torch.float64)
     for h in range(q.shape[2]):
         kv = h // (q.shape[2] // k.shape[2])
@@ -150,6 +154,9 @@ def difference_of_masses(layer: ConvertedAttention, q: Tensor, k: Tensor, softca
         ("llama", {"feature_map": "elu", "decay": "fixed"}),
         ("llama", {"feature_map": "favor+", "decay": "data"}),
         ("llama", {"feature_map": "favor#"}),
+        ("llama", {"feature_map": "hedgehog", "decay": "data", "far_rope": False}),
+        ("llama", {"feature_map": "favor#", "far_rope": False}),
+        ("yarn", {"feature_map": "elu", "far_rope": False}),
         ("llama", {"feature_map": "cosformer", "window": 0, "sinks": 0}),
         ("llama", {"feature_map": "key-scaled"}),
         ("llama", {"feature_map": "query-scaled", "window": 0}),
@@ -165,9 +172,8 @@ def test_the_far_branch_starts_with_the_mass_of_softmax(kind, options, monkeypat
         monkeypatch.setitem(registry._MAPS, cls.name, cls)
     cls, sizes, converting = MODELS[kind]
     ids = batch(rows=1, length=20)
-    model = convert_model(
-        build(cls, **(sizes | {"sliding_window": 9} if sizes else {})), **(FAR | converting | options)
-    )
+    sizes = sizes | {"sliding_window": 9} if "sliding_window" in sizes else sizes
+    model = convert_model(build(cls, **sizes), **(FAR | converting | options))
     layer = layers_of(model)[0]
     if options.get("decay") == "data":
         nn.init.normal_(layer.gate_weight)
@@ -181,7 +187,9 @@ def test_the_far_branch_starts_with_the_mass_of_softmax(kind, options, monkeypat
     if kind == "sink-logits":
         assert kwargs["sink_logits"] is not None
     with torch.no_grad():
-        want = difference_of_masses(layer, q, k, kwargs["softcap"]).nanmean(1)
+        q_far, k_far = layer.far_inputs(q, k, kwargs["rotation"])
+        want = difference_of_masses(layer, q, k, q_far, k_far, kwargs["softcap"]).nanmean(1)
+    assert torch.equal(q, q_far) == layer.far_rope
     assert want.abs().min() > 1e-3
     torch.testing.assert_close(layer.far_bias.double(), want, rtol=1e-4, atol=1e-4)
 

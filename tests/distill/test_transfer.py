@@ -8,10 +8,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from linattn import convert_model
 from linattn.convert import ConvertedAttention
 from linattn.convert.plan import LayerPlan
+from linattn.convert.rotary import Rotation
 from linattn.distill import Transfer, Windows, split_attention, train
 from linattn.distill.engine import Batch
 from linattn.distill.transfer import far_branch
@@ -21,8 +23,10 @@ FAR = {"window": 5, "sinks": 2}
 LENGTH = 24
 
 
-def layer(feature_map: str, decay: str | None, window: int = 5, sinks: int = 2) -> ConvertedAttention:
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 0.4}
+def layer(
+    feature_map: str, decay: str | None, window: int = 5, sinks: int = 2, far_rope: bool = True
+) -> ConvertedAttention:
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 0.4, "far_rope": far_rope}
     plan = LayerPlan(0, "x", "X", "convert", feature_map=feature_map, decay=decay, window=window, sinks=sinks, **sizes)
     module = ConvertedAttention(plan, dtype=torch.float64)
     for p in module.parameters():
@@ -81,6 +85,22 @@ def test_the_far_branch_apart_equals_a_dense_computation(feature_map, decay, win
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("decay", ["fixed", "data"])
+def test_the_far_branch_apart_reads_what_the_layer_does(decay):
+    """Queries and keys before rotary embedding, beside the exact attention of those after it."""
+    module, (q_far, k_far, v) = layer("hedgehog", decay, far_rope=False), inputs()
+    angle = torch.randn(1, LENGTH, 4, dtype=torch.float64).repeat(1, 1, 2)
+    rotation = Rotation(apply_rotary_pos_emb, angle.cos(), angle.sin())
+    after = apply_rotary_pos_emb(q_far.transpose(1, 2), k_far.transpose(1, 2), angle.cos(), angle.sin())
+    q, k = (x.transpose(1, 2) for x in after)
+    split = split_attention(q, k, v, window=5, sinks=2, scale=0.4)
+    got = far_branch(module, *module.far_inputs(q, k, rotation), v, split)
+    far, log_mass = dense_far(module, q_far, k_far, v)
+    torch.testing.assert_close(got.far, far[:, 7:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.log_mass, log_mass[:, 7:], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.out, module(q, k, v, rotation=rotation), rtol=1e-9, atol=1e-9)
+
+
 def run(model: nn.Module, tokens_file, **options) -> dict[str, list[float]]:
     stage = Transfer(**({"steps": 15, "learning_rate": 0.02, "length": 40, "rows": 2} | options))
     seen: dict[str, list[float]] = {}
@@ -116,6 +136,7 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 FAMILIES = {
     "llama": ("Llama", {}, {"decay": "data"}),
+    "no far rope": ("Llama", {}, {"decay": "data", "far_rope": False}),
     "sliding": ("Mistral", {"sliding_window": 12}, {"native_sliding": "convert"}),
     "sliding no further": ("Mistral", {"sliding_window": 5}, {"native_sliding": "convert"}),
     "softcap": ("Gemma2", {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 1, "sliding_window": 8}, {}),

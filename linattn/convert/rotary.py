@@ -1,0 +1,189 @@
+"""Queries and keys before rotary embedding, of attention modules that hand them over after it.
+
+The inverse of an embedding is the family's own function with the angles negated, whatever its convention: halves or
+pairs, all of a head or a part of it, scaled or not. That a module's queries and keys are what this inverts, and nothing
+that comes after it, is tried out on the module itself before its first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linattn.errors import ConversionError
+
+EMBED = "apply_rotary_pos_emb"
+"""How families call the function ``(q, k, cos, sin) → (q, k)`` that embeds ``[B, H, T, D]`` in place of angles."""
+PROBE_ATTRIBUTE = "_linattn_probe"
+"""Set on an attention module while :func:`verify` wants its queries and keys, not its output."""
+TURNS_ATTRIBUTE = "_linattn_turns"
+"""Set on an attention module by :func:`verify`: whether it embeds at all; some layers of some families do not."""
+PROBE = 5
+"""Tokens that a module is tried with."""
+
+Embed = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_EMBEDDINGS: dict[type[nn.Module], Embed] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """The rotary embedding of one call of an attention module.
+
+    Attributes:
+        embed: the family's function.
+        cos, sin: ``[B | 1, T, R]``, scaled as the model scales them.
+        size: entries of a head that are embedded, the first ones; None: as many as ``embed`` takes.
+    """
+
+    embed: Embed
+    cos: Tensor
+    sin: Tensor
+    size: int | None = None
+
+    def undo(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``[B, T, H, D]`` and keys ``[B, T, Hkv, D]`` before the embedding; computed in float32 at least.
+
+        With x ↦ a R(θ) x the embedding, its inverse is x ↦ a⁻¹ R(−θ) x: cosines and sines over a² = cos² + sin². It
+        undoes the rounding of cosines and sines too.
+        """
+        wide = torch.promote_types(q.dtype, torch.float32)
+        cos, sin = self.cos.to(wide), self.sin.to(wide)
+        square = cos.square() + sin.square()
+        q_first, k_first = (x.to(wide).transpose(1, 2) for x in (q, k))
+        done = self.embed(q_first[..., : self.size], k_first[..., : self.size], cos / square, -sin / square)
+        if self.size is not None:
+            rest = (x[..., self.size :] for x in (q_first, k_first))
+            done = tuple(torch.cat(parts, -1) for parts in zip(done, rest, strict=True))  # type: ignore[assignment]
+        q_far, k_far = (x.transpose(1, 2).to(q.dtype) for x in done)
+        return q_far, k_far
+
+
+class Seen(Exception):
+    """Carries a module's queries and keys out of its attention function."""
+
+    def __init__(self, query: Tensor, key: Tensor) -> None:
+        self.query, self.key = query.transpose(1, 2), key.transpose(1, 2)
+
+
+def embedding_of(module: nn.Module) -> Embed:
+    """The function by which ``module`` embeds its queries and keys.
+
+    Raises:
+        ConversionError: it embeds none, or in a way that is not known here.
+    """
+    kind = type(module)
+    if kind in _EMBEDDINGS:
+        return _EMBEDDINGS[kind]
+    forward = inspect.unwrap(kind.forward)
+    embed: Any = getattr(forward, "__globals__", {}).get(EMBED)
+    named = {"hidden_states", "position_embeddings"} <= inspect.signature(forward).parameters.keys()
+    takes = [] if embed is None else list(inspect.signature(embed).parameters)
+    known = takes[:4] == ["q", "k", "cos", "sin"] or takes[1:3] == ["cos", "sin"]
+    if EMBED not in forward.__code__.co_names or not (named and known):
+        raise ConversionError(
+            f"far_rope=False: {kind.__name__} does not embed its queries and keys by {EMBED}(q, k, cos, sin) "
+            "from position_embeddings: there is no rotary embedding to undo, or none of a known form. Use "
+            "far_rope=True, which changes nothing for a layer without rotary embedding."
+        )
+    _EMBEDDINGS[kind] = embed if takes[1] == "k" else functools.partial(_each, embed)
+    return _EMBEDDINGS[kind]
+
+
+def _each(embed: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    return embed(q, cos, sin), embed(k, cos, sin)
+
+
+def rotation_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation:
+    """The rotary embedding that ``module``, called with these arguments, puts its queries and keys through.
+
+    Raises:
+        ConversionError: it cannot be had from the arguments, or it is not what makes the queries and keys.
+    """
+    pair = kwargs.get("position_embeddings")
+    if pair is None:
+        pair = next((x for x in args if isinstance(x, tuple)), None)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) and x.ndim == 3 for x in pair)):
+        raise ConversionError(
+            f"far_rope=False: {type(module).__name__} was called without position_embeddings of cosines and sines "
+            "[B, T, R]; convert the model with far_rope=True."
+        )
+    size: Any = getattr(module, "rotary_ndims", None)
+    rotation = Rotation(embedding_of(module), *pair, size=size if isinstance(size, int) else None)
+    if TURNS_ATTRIBUTE not in module.__dict__:
+        verify(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], rotation)
+    if module.__dict__.get(TURNS_ATTRIBUTE, True):
+        return rotation
+    return dataclasses.replace(rotation, cos=torch.ones_like(rotation.cos), sin=torch.zeros_like(rotation.sin))
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None:
+    """Try on random tokens that undoing the rotary embedding gives the queries and keys without one, once for a module.
+
+    Raises:
+        ConversionError: it does not. A norm with weights after the embedding is a reason.
+    """
+    if hidden_states.is_meta:
+        return
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, PROBE, hidden_states.shape[-1], generator=draw).to(hidden_states)
+    # The angles of a token of the call and further ones, equal for all entries of a head, which hold in any order.
+    more = torch.arange(1, PROBE + 1, device=rotation.cos.device)[None, :, None]
+    cos, sin = rotation.cos[:1, -1:].float(), rotation.sin[:1, -1:].float()
+    cos, sin = cos * more.cos() - sin * more.sin(), sin * more.cos() + cos * more.sin()
+    cos, sin = cos.to(rotation.cos.dtype), sin.to(rotation.sin.dtype)
+    turned = dataclasses.replace(rotation, cos=cos, sin=sin)
+    q, k = _seen(module, tokens, turned)
+    plain = _seen(module, tokens, dataclasses.replace(rotation, cos=torch.ones_like(cos), sin=torch.zeros_like(sin)))
+    turns = not (torch.equal(q, plain[0]) and torch.equal(k, plain[1]))
+    if turns:
+        try:
+            undone = turned.undo(q, k)
+        except RuntimeError as reason:
+            raise ConversionError(
+                f"far_rope=False: the rotary embedding of {type(module).__name__} cannot be undone ({reason}); convert "
+                "the model with far_rope=True."
+            ) from reason
+        # Some families embed in float32 whatever the model's dtype is.
+        bound = 16 * max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
+        for name, found, want in zip(("queries", "keys"), undone, plain, strict=True):
+            error = (found - want).abs().max() / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
+            if not error <= bound:
+                raise ConversionError(
+                    f"far_rope=False: undoing the rotary embedding of {type(module).__name__} leaves a relative error "
+                    f"of {error.item():.1g} in its {name}: they pass through more than that (a norm after it, say). "
+                    "Convert the model with far_rope=True."
+                )
+    module.__dict__[TURNS_ATTRIBUTE] = turns
+
+
+def _seen(module: nn.Module, tokens: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Queries and keys that ``module`` makes of ``tokens`` under ``rotation``."""
+    given: dict[str, Any] = {"hidden_states": tokens, "position_embeddings": (rotation.cos, rotation.sin)}
+    parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD or p.name == "position_ids" for p in parameters):
+        given["position_ids"] = torch.arange(PROBE, device=tokens.device)[None]
+    named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    missing = {p.name: None for p in named if p.default is p.empty and p.name not in ("self", *given)}
+    module.__dict__[PROBE_ATTRIBUTE] = True
+    try:
+        module.forward(**given, **missing)
+    except Seen as seen:
+        return seen.query, seen.key
+    except Exception as error:
+        raise ConversionError(
+            f"far_rope=False: {type(module).__name__} could not be tried without its rotary embedding "
+            f"({type(error).__name__}: {error}); convert the model with far_rope=True."
+        ) from error
+    finally:
+        del module.__dict__[PROBE_ATTRIBUTE]
+    raise ConversionError(
+        f"far_rope=False: {type(module).__name__} did not call its attention function; convert with far_rope=True."
+    )
