@@ -33,7 +33,8 @@ NAME = "linattn"
 KEPT_ATTRIBUTE = "_linattn_kept"
 """Set on every attention module behind the seam: the implementation that softmax layers use."""
 CACHE_ATTRIBUTE = "_linattn_cache_layer"
-"""Holds a converted module's cache layer between its forward pre-hook and the attention function."""
+"""Holds a converted module's cache layer between its forward pre-hook and the attention function, then SPENT."""
+SPENT = "spent"
 ROTATION_ATTRIBUTE = "_linattn_rotation"
 """Holds the rotary embedding of a converted module's call for as long, where the far branch does without it."""
 
@@ -402,7 +403,13 @@ def attention_forward(
         raise Seen(query, key)
     if converted is None:
         return _kept_forward(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
-    cache_layer = module.__dict__.pop(CACHE_ATTRIBUTE, None)
+    cache_layer = module.__dict__.get(CACHE_ATTRIBUTE)
+    if cache_layer == SPENT:
+        raise UnsupportedError(
+            f"{type(module).__name__} attends more than once in a call, and a converted layer's cache holds one state; "
+            "pass use_cache=False, or keep these layers softmax."
+        )
+    module.__dict__[CACHE_ATTRIBUTE] = None if cache_layer is None else SPENT
     rotation = module.__dict__.pop(ROTATION_ATTRIBUTE, None)
     _refuse_unsupported(query, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

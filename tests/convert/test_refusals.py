@@ -307,3 +307,17 @@ def test_weights_of_another_size_are_told(sharded, make_llama, tmp_path):
     (tmp_path / "other" / "config.json").write_text((sharded / "config.json").read_text())
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(tmp_path / "other")
+
+
+def test_a_module_that_attends_twice_is_refused_with_a_cache() -> None:
+    """Its second call would find no cache and forget all that came before."""
+    torch.manual_seed(0)
+    config = transformers.DiffLlamaConfig(**GQA)
+    model = convert_model(transformers.DiffLlamaForCausalLM(config).eval(), window=4, sinks=1)
+    tokens = torch.randint(1, 64, (1, 12))
+    assert model(tokens, use_cache=False).logits.isfinite().all()
+    with pytest.raises(UnsupportedError, match=r"DiffLlamaAttention attends more than once .* use_cache=False"):
+        model(tokens, use_cache=True)
+    with pytest.raises(UnsupportedError, match="more than once"):
+        model.generate(tokens, max_new_tokens=2)
+    assert model(tokens, use_cache=False).logits.isfinite().all()
