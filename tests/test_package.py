@@ -20,8 +20,10 @@ PACKAGE = Path(linattn.__file__).parent
 
 GROUND = {"errors", "state"}
 TENSORS = GROUND | {"kernels", "feature_maps"}
-MODELS = TENSORS | {"_modes", "_version", "attention", "convert"}
+MODELS = TENSORS | {"_heads", "_lazy", "_modes", "_version", "attention", "convert"}
 MAY_IMPORT = {
+    "_heads": set(),
+    "_lazy": set(),
     "_modes": set(),
     "_version": set(),
     "errors": set(),

@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
 from linattn.distill.data import Progress, Windows
 from linattn.distill.engine import Batch, Objective, Stage, own_randomness, write_atomically
 from linattn.distill.layers import trainable_layers
 from linattn.errors import CheckpointError, OptionError
 
-LOGITS_AT_ONCE = 2**25
-"""Logits that stand in memory as float32 at a time."""
 PARTS = ("maps", "lora", "attention", "all")
 CACHE_FORMAT = "linattn-teacher-1"
 DESCRIPTION = "teacher.json"
@@ -242,7 +241,7 @@ def cache_teacher(
             for window in range(start, min(start + shard, windows)):
                 tokens = data[window]
                 hidden = body(tokens[None].to(device))[0]
-                parts = [_top_k(head(h), k, temperature) for h in hidden.split(_tokens_at_once(head, hidden))]
+                parts = [_top_k(head(h), k, temperature) for h in hidden.split(tokens_at_once(head, hidden))]
                 indices, log_probs = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
                 rows.append((indices, log_probs, torch.tensor(_checksum(tokens))))
                 if progress is not None:
@@ -395,7 +394,7 @@ class Divergences(Objective):
             module.training = True  # or transformers forgoes it; what is in the module stays in evaluation mode
         hidden = self.body(batch.tokens.to(next(iter(self.parameters.values())).device)).flatten(0, 1)
         of_head = list(self.head.parameters()) if isinstance(self.head, nn.Module) else []
-        chunk = self.stage.chunk or _tokens_at_once(self.head, hidden)
+        chunk = self.stage.chunk or tokens_at_once(self.head, hidden)
         loss = chunked_mean(lambda h, rows: divergence(self.head(h), rows), hidden, of_head, chunk=chunk)
         loss.backward()
         return {"loss": loss.item()}
@@ -423,30 +422,3 @@ def _low_rank(model: Any, paths: tuple[str, ...], stage: Logits) -> Iterator[Non
     finally:
         for p, required in flags:
             p.requires_grad_(required)
-
-
-@torch.no_grad()
-def body_and_head(model: Any, sample: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Functions ids ``[B, T]`` → hidden → logits: the output embedding apart where ``sample`` shows that it is all.
-
-    A model that does more to its logits (a softcap, a scale) forms them whole in the first, in its own dtype.
-    """
-
-    def whole(ids: Tensor) -> Tensor:
-        return model(ids, use_cache=False).logits
-
-    def body(ids: Tensor) -> Tensor:
-        return model.base_model(ids, use_cache=False).last_hidden_state
-
-    head = model.get_output_embeddings()
-    if model.base_model is not model and isinstance(head, nn.Linear) and torch.equal(head(body(sample)), whole(sample)):
-        return body, head
-    return whole, _same
-
-
-def _same(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _tokens_at_once(head: Any, hidden: Tensor) -> int:
-    return max(1, LOGITS_AT_ONCE // (head.out_features if isinstance(head, nn.Linear) else hidden.shape[-1]))

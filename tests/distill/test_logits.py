@@ -14,9 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 from linattn import convert_model
+from linattn._heads import body_and_head
 from linattn.distill import CachedTeacher, Logits, Windows, cache_teacher, train
 from linattn.distill.engine import Batch
-from linattn.distill.logits import body_and_head, chunked_mean, forward_kl, top_k_kl
+from linattn.distill.logits import chunked_mean, forward_kl, top_k_kl
 from linattn.errors import CheckpointError, OptionError
 
 FAR = {"window": 5, "sinks": 2}
