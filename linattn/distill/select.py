@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linattn._heads import body_and_head, tokens_at_once
@@ -199,7 +200,16 @@ class _Measure(contextlib.ExitStack):
     def _answer(self, path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if path in self.converted and self.head is None:
             return ConvertedAttention.forward(module, q, k, v, **options)
-        out = exact(module, q, k, v, options).out.to(v.dtype)
+        out = _softmax(module, q, k, v, options)
         if path in self.converted:
             out[:, :, self.head] = ConvertedAttention.forward(module, q, k, v, **options)[:, :, self.head]
         return out
+
+
+def _softmax(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """The layer's softmax attention: at once where torch has a kernel for it, else in pieces."""
+    if module.native_window is not None or options["softcap"] is not None or options["sink_logits"] is not None:
+        return exact(module, q, k, v, options).out.to(v.dtype)
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=module.feature_map.scale, enable_gqa=True)
+    return out.transpose(1, 2)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import linattn
@@ -15,6 +16,8 @@ from linattn.distill import head_costs, keep_softmax, select_layers
 from linattn.distill.logits import forward_kl
 from linattn.errors import OptionError, ShapeError
 
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
 FAR = {"window": 5, "sinks": 2}
 
 
@@ -75,6 +78,17 @@ def test_greedy_measures_anew_beside_what_it_has_chosen(teacher, windows):
     assert found.kept[1] == min(last, key=lambda cost: cost.kl).layer
 
 
+def test_the_teacher_of_a_sliding_layer_is_its_own_window(windows):
+    config = transformers.MistralConfig(**SIZES, sliding_window=9)
+    teacher = transformers.MistralForCausalLM(config).eval()
+    model = convert_model(copy.deepcopy(teacher), native_sliding="convert", **FAR)
+    found = select_layers(model, windows, keep=1)
+    for cost in found.costs:
+        student = convert_model(copy.deepcopy(teacher), native_sliding="convert", layers=[cost.layer], **FAR)
+        want = forward_kl(student(windows).logits.flatten(0, 1), teacher(windows).logits.flatten(0, 1)).mean().item()
+        assert cost.kl == pytest.approx(want, rel=1e-2)
+
+
 def test_uniform_layers_are_spaced_evenly(llama, windows):
     model = convert_model(llama(num_hidden_layers=6), **FAR)
     assert select_layers(model, windows, keep=2, method="uniform").kept == (1, 4)
@@ -97,7 +111,7 @@ def test_a_head_costs_the_kl_of_its_own_conversion(teacher, windows):
             mask = torch.zeros_like(layer.self_attn.o_proj.weight)
             mask[:, 8:16] = layer.self_attn.layer_idx == 2
             layer.self_attn.o_proj.weight.mul_(mask)
-    found = head_costs(model, windows)
+    found = head_costs(model, windows[:1])
     assert list(found) == [f"model.layers.{i}.self_attn" for i in range(4)]
     assert [len(heads) for heads in found.values()] == [4] * 4
     costs = torch.tensor([*found.values()])
