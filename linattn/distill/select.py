@@ -210,6 +210,6 @@ def _softmax(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, option
     """The layer's softmax attention: at once where torch has a kernel for it, else in pieces."""
     if module.native_window is not None or options["softcap"] is not None or options["sink_logits"] is not None:
         return exact(module, q, k, v, options).out.to(v.dtype)
-    heads = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=module.feature_map.scale, enable_gqa=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.feature_map.scale, enable_gqa=True)
     return out.transpose(1, 2)
