@@ -361,7 +361,8 @@ def _average(masters: dict[str, Tensor], metrics: dict[str, Any], batches: int, 
 
     several = state.num_processes > 1
     for master in masters.values():
-        grad = torch.zeros_like(master) if master.grad is None else master.grad / batches
+        grad = torch.zeros_like(master) if master.grad is None else master.grad
+        grad = grad / batches if batches > 1 else grad
         master.grad = reduce(grad, "mean") if several else grad
     if not several:
         return metrics
@@ -383,8 +384,8 @@ def _measure(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]
 
 @torch.no_grad()
 def _write_back(parameters: Mapping[str, nn.Parameter], masters: dict[str, Tensor]) -> None:
-    for key, p in parameters.items():
-        p.copy_(masters[key])  # the same memory, where the parameter is float32 itself
+    # The same memory, where a parameter is float32 itself.
+    torch._foreach_copy_(list(parameters.values()), [masters[key] for key in parameters])
 
 
 # Checkpoints: one safetensors file, whose header holds as JSON what is no tensor. Renaming one file is atomic.
