@@ -56,7 +56,7 @@ TRIAL, WARM = 9, 4
 """Steps that are timed to learn how many fit, and how many of them come before the clock starts."""
 MARGIN = 0.93
 """Part of a stage's minutes that its steps may take; the rest is for measurements and checkpoints."""
-MINUTES_A_CHECKPOINT = 2.0
+MINUTES_A_CHECKPOINT = 1.0
 
 Log = Callable[[str], None]
 

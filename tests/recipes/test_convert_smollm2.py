@@ -140,7 +140,7 @@ def test_minutes_are_divided_by_the_time_of_a_step(recipe, tmp_path, monkeypatch
     entries = [{"kind": "transfer", "minutes": 2.0}, {"kind": "logits", "minutes": 1.0, "warmup": 0.1}]
     stages = recipe._stages(entries, None, None, tmp_path, None, None, lambda line: None)
     assert [stage.steps for stage in stages] == [int(480 * recipe.MARGIN), int(240 * recipe.MARGIN)]
-    assert [stage.save_every for stage in stages] == [480, 480]
+    assert [stage.save_every for stage in stages] == [240, 240]
     assert stages[1].warmup == int(0.1 * stages[1].steps)
 
 
