@@ -473,6 +473,11 @@ BESIDE = ("--teacher", "MODEL", "--text", "TEXT", "--windows", "2", "--length", 
         (2, "--teacher", ("audit", "CONVERTED", "--text", "TEXT")),
         (2, "--parts speeed", ("audit", "CONVERTED", *BESIDE, "--parts", "speeed")),
         (3, "nowhere.txt", ("audit", "CONVERTED", "--teacher", "MODEL", "--text", "nowhere.txt")),
+        (2, "ends in .npy", ("tokens", "TEXT", "--tokenizer", "MODEL", "-o", "OUT/tokens.txt")),
+        (2, "ends in .npy", ("sample", "MODEL", "--tokens", "9", "-o", "OUT")),
+        (3, "nowhere.npy", ("select-layers", "CONVERTED", "--data", "nowhere.npy", "--keep", "1")),
+        (1, "no stages there", ("distill", "CONVERTED", "--stages", "TEXT", "--data", "TEXT", "-o", "OUT")),
+        (1, "names no file of tokens", ("distill", "CONVERTED", "--stages", "STAGES", "-o", "OUT")),
         (2, "--device", ("generate", "MODEL", "-p", "the", "--device", "abacus")),
         (3, "no such file", ("info", "./nowhere")),
         (3, "no such file", ("info", "nowhere.gguf")),
@@ -492,7 +497,9 @@ def test_errors(saved: Path, converted: Path, tmp_path: Path, code: int, word: s
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path / "weightless")
     (tmp_path / "text").write_text("the cat sat " * 14, encoding="utf-8")
+    (tmp_path / "stages").write_text(STAGES, encoding="utf-8")
     places = {"MODEL": saved, "CONVERTED": converted, "OUT": tmp_path / "out", "TEXT": tmp_path / "text"}
+    places["STAGES"] = tmp_path / "stages"
     places |= {name.upper(): tmp_path / name for name in ("empty", "broken", "weightless")}
     first, *rest = arguments
     result = cli(first, *(_fill(places, a) for a in rest), code=code)
