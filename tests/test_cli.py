@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,7 +79,22 @@ def test_help_is_quick_and_says_what_matters() -> None:
     assert "Exit codes" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "generate", "info", "maps", "audit"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan",
+        "convert",
+        "generate",
+        "info",
+        "maps",
+        "audit",
+        "tokens",
+        "sample",
+        "cache-teacher",
+        "select-layers",
+        "distill",
+    ],
+)
 def test_every_command_has_examples(command: str) -> None:
     assert f"linattn {command}" in cli(command, "--help").output
 
@@ -326,6 +342,110 @@ def test_gguf_is_planned_without_its_weights(smollm2_gguf: Path) -> None:
     assert {(layer["heads"], layer["kv_heads"], layer["head_dim"]) for layer in plan["layers"]} == {(9, 3, 64)}
 
 
+# Distilling.
+
+STAGES = """{"stages": [
+    {"kind": "transfer", "steps": 3, "length": 24, "rows": 2, "learning_rate": 0.01},
+    {"kind": "logits", "steps": 3, "length": 24, "rows": 2, "train": ["maps"], "seed": 5}
+]}"""
+
+
+@pytest.fixture(scope="module")
+def student(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "student"
+    cli("convert", saved, out, "--window", 4, "--sinks", 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stages") / "stages.json"
+    path.write_text(STAGES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(saved: Path, texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "tokens.npy"
+    lines = out.with_suffix(".jsonl")
+    lines.write_text("".join(json.dumps({"words": path.read_text()}) + "\n" for path in texts), encoding="utf-8")
+    said = cli("tokens", lines, texts[1], "--tokenizer", saved, "--field", "words", "-o", out).stdout
+    assert said == f"{out}: {200 + 1 + 60 + 1 + 60 + 1:,} tokens\n"
+    return out
+
+
+def test_tokens_are_those_of_the_texts_in_order(saved: Path, texts: list[Path], data: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    long, short = (tokenizer.encode(path.read_text(), add_special_tokens=False) for path in texts)
+    assert np.load(data).tolist() == [*long, 2, *short, 2, *short, 2]
+
+
+def test_samples_are_those_of_the_library(saved: Path, tmp_path: Path) -> None:
+    from linattn.distill import sample_from_teacher
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    count = sample_from_teacher(model, 40, tmp_path / "want.npy", length=16, rows=2, top_p=0.9, seed=3)
+    ask = ("sample", saved, "--tokens", 40, "--length", 16, "--rows", 2, "--top-p", 0.9, "--seed", 3)
+    assert cli(*ask, "-o", tmp_path / "got.npy").stdout == f"{tmp_path / 'got.npy'}: {count} tokens\n"
+    assert np.array_equal(np.load(tmp_path / "got.npy"), np.load(tmp_path / "want.npy"))
+
+
+def test_distill_trains_the_stages_and_goes_on_where_it_stopped(
+    saved: Path, student: Path, stages: Path, data: Path, tmp_path: Path
+) -> None:
+    from linattn.distill import distill, read_stages
+
+    ask = ("distill", student, "--teacher", saved, "--stages", stages, "--data", data, "--out", tmp_path / "run")
+    assert "1-transfer: loss" in cli(*ask).stdout
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    want = linattn.load(student)
+    distill(want, teacher, read_stages(stages), out=tmp_path / "want", data=data)
+    got = linattn.load(tmp_path / "run" / "model")
+    assert all(torch.equal(t, got.state_dict()[name]) for name, t in want.state_dict().items())
+    assert "the" in transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab()
+
+    # A finished run is read, not trained again, unless it is asked for.
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    report = json.loads(cli(*ask, "--json").stdout)
+    assert [stage["name"] for stage in report["stages"]] == ["1-transfer", "2-logits"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    cli(*ask, "--fresh")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() != before  # its seconds are others
+
+
+def test_a_cached_teacher_fits_the_stages(saved: Path, student: Path, stages: Path, data: Path, tmp_path: Path) -> None:
+    ask = ("cache-teacher", saved, "--data", data, "--stages", stages, "--k", 6, "--out", tmp_path / "teacher")
+    assert "6 windows of 24 tokens" in cli(*ask).stdout
+    assert "--force" in cli(*ask, code=1).stderr
+    assert "--windows" in cli(*ask, "--force", "--windows", 9, code=2).stderr
+    run = ("distill", student, "--stages", stages, "--data", data, "--out", tmp_path / "run")
+    assert "2-logits: loss" in cli(*run, "--teacher", tmp_path / "teacher").stdout
+    assert "expected the model before" in cli(*run, "--fresh", code=1).stderr
+    two = tmp_path / "two.json"
+    two.write_text(STAGES.replace('"transfer", ', '"logits", '))
+    assert "2 stages of logits" in cli(*ask[:4], "--stages", two, "-o", tmp_path / "x", code=1).stderr
+
+
+def test_layers_are_selected_and_left_softmax(student: Path, data: Path, tmp_path: Path) -> None:
+    from linattn.distill import Windows, select_layers
+
+    windows = Windows(data, 24, seed=None)
+    want = select_layers(linattn.load(student), torch.stack([windows[i] for i in range(3)]), keep=1)
+    ask = ("select-layers", student, "--data", data, "--keep", 1, "--windows", 3, "--length", 24)
+    report = json.loads(cli(*ask, "--json").stdout)
+    assert report["kept"] == list(want.kept)
+    assert [cost["kl"] for cost in report["costs"]] == pytest.approx([cost.kl for cost in want.costs])
+    out, plan = tmp_path / "hybrid", tmp_path / "plan.json"
+    said = cli(*ask, "--out", out, "--plan", plan).stdout
+    assert said.endswith(f"keep softmax: {want.kept[0]}\n")
+    assert f"{want.costs[2].kl:.5f}" in said
+    assert linattn.ConversionPlan.load(plan) == want.plan
+    kinds = [layer["kind"] for layer in linattn.load(out).config.linattn["layers"]]
+    assert kinds == [layer.kind for layer in want.plan.layers]
+    assert cli(*ask, "--method", "uniform").stdout == "keep softmax: 1\n"
+    assert "0 ≤ keep < 3" in cli(*ask, "--keep", 3, code=1).stderr
+
+
 # What goes wrong ends in one message and the documented code.
 
 BESIDE = ("--teacher", "MODEL", "--text", "TEXT", "--windows", "2", "--length", "20")
@@ -354,6 +474,11 @@ BESIDE = ("--teacher", "MODEL", "--text", "TEXT", "--windows", "2", "--length", 
         (2, "--teacher", ("audit", "CONVERTED", "--text", "TEXT")),
         (2, "--parts speeed", ("audit", "CONVERTED", *BESIDE, "--parts", "speeed")),
         (3, "nowhere.txt", ("audit", "CONVERTED", "--teacher", "MODEL", "--text", "nowhere.txt")),
+        (2, "ends in .npy", ("tokens", "TEXT", "--tokenizer", "MODEL", "-o", "OUT/tokens.txt")),
+        (2, "ends in .npy", ("sample", "MODEL", "--tokens", "9", "-o", "OUT")),
+        (3, "nowhere.npy", ("select-layers", "CONVERTED", "--data", "nowhere.npy", "--keep", "1")),
+        (1, "no stages there", ("distill", "CONVERTED", "--stages", "TEXT", "--data", "TEXT", "-o", "OUT")),
+        (1, "names no file of tokens", ("distill", "CONVERTED", "--stages", "STAGES", "-o", "OUT")),
         (2, "--device", ("generate", "MODEL", "-p", "the", "--device", "abacus")),
         (3, "no such file", ("info", "./nowhere")),
         (3, "no such file", ("info", "nowhere.gguf")),
@@ -373,7 +498,9 @@ def test_errors(saved: Path, converted: Path, tmp_path: Path, code: int, word: s
         if file.suffix != ".safetensors":
             shutil.copy(file, tmp_path / "weightless")
     (tmp_path / "text").write_text("the cat sat " * 14, encoding="utf-8")
+    (tmp_path / "stages").write_text(STAGES, encoding="utf-8")
     places = {"MODEL": saved, "CONVERTED": converted, "OUT": tmp_path / "out", "TEXT": tmp_path / "text"}
+    places["STAGES"] = tmp_path / "stages"
     places |= {name.upper(): tmp_path / name for name in ("empty", "broken", "weightless")}
     first, *rest = arguments
     result = cli(first, *(_fill(places, a) for a in rest), code=code)

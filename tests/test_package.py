@@ -20,8 +20,10 @@ PACKAGE = Path(linattn.__file__).parent
 
 GROUND = {"errors", "state"}
 TENSORS = GROUND | {"kernels", "feature_maps"}
-MODELS = TENSORS | {"_modes", "_version", "attention", "convert"}
+MODELS = TENSORS | {"_heads", "_lazy", "_modes", "_version", "attention", "convert"}
 MAY_IMPORT = {
+    "_heads": set(),
+    "_lazy": set(),
     "_modes": set(),
     "_version": set(),
     "errors": set(),
@@ -100,6 +102,15 @@ print(sorted(new & {HEAVY!r}), touched, dict(os.environ) == environ)
 """
     )
     assert found == "[] [] True"
+
+
+@pytest.mark.parametrize("name", ["linattn.convert", "linattn.audit"])
+def test_names_that_are_imported_when_used_are_listed_and_unknown_ones_refused(name: str) -> None:
+    package = importlib.import_module(name)
+    assert set(package.__all__) <= set(dir(package))
+    assert package._HOME.keys() <= set(package.__all__)
+    with pytest.raises(AttributeError, match=f"'{name}' has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
 
 
 def test_version_has_one_source() -> None:

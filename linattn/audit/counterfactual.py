@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
 from linattn.audit.ablations import converted_layers
-from linattn.audit.positions import LOGITS_AT_ONCE, Progress, body_and_head, check_tokens, vocabulary_of
+from linattn.audit.positions import Progress, check_tokens
 from linattn.errors import OptionError, ShapeError
 
 
@@ -69,7 +70,7 @@ def counterfactual_kl(
         body, head = body_and_head(model, tokens[:1, :16].to(device))
         for row in range(count):
             hidden = [body(ids[row : row + 1].to(device))[0, boundary:] for ids in (tokens, changed)]
-            width = max(1, LOGITS_AT_ONCE // 4 // vocabulary_of(head, hidden[0]))
+            width = tokens_at_once(head, hidden[0], copies=4)
             parts = zip(*(h.split(width) for h in hidden), strict=True)
             rows.append(torch.cat([_divergence(head(a), head(b)).cpu() for a, b in parts]))
             if progress is not None:

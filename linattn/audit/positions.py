@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
 from linattn.errors import DtypeError, OptionError, ShapeError
 
 EDGES = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Bounds of the position buckets, in tokens."""
-LOGITS_AT_ONCE = 2**25
-"""Logits that stand in memory as float32 at a time."""
 
 Progress = Callable[[int, int], None]
 
@@ -107,7 +106,7 @@ def token_losses(
         for start in range(0, count, rows):
             ids = tokens[start : start + rows].to(device)
             hidden, targets = body(ids[:, :-1])[:, -last:].flatten(0, 1), ids[:, -last:].flatten()
-            width = max(1, LOGITS_AT_ONCE // vocabulary_of(head, hidden))
+            width = tokens_at_once(head, hidden)
             slices = zip(hidden.split(width), targets.split(width), strict=True)
             part = [F.cross_entropy(head(h).float(), t, reduction="none") for h, t in slices]
             losses.append(torch.cat(part).view(len(ids), last).cpu())
@@ -148,31 +147,3 @@ def check_tokens(tokens: Tensor) -> None:
         raise DtypeError(f"tokens: got {tokens.dtype}, expected int64 token ids.")
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ShapeError(f"tokens: got shape {tuple(tokens.shape)}, expected [N, T] with N ≥ 1 and T ≥ 2.")
-
-
-def body_and_head(model: Any, sample: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Functions whose composition gives the logits: the output embedding apart, if ``sample`` shows that is all."""
-
-    def whole(ids: Tensor) -> Tensor:
-        return model(ids, use_cache=False).logits
-
-    base = getattr(model, "base_model", model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if base is model or not isinstance(head, nn.Linear):
-        return whole, _same
-
-    def body(ids: Tensor) -> Tensor:
-        return base(ids, use_cache=False).last_hidden_state
-
-    # A softcap or a scale on the logits shows as a difference: the same operations would give the same bits.
-    hidden = getattr(base(sample, use_cache=False), "last_hidden_state", None)
-    return (body, head) if hidden is not None and torch.equal(head(hidden), whole(sample)) else (whole, _same)
-
-
-def _same(logits: Tensor) -> Tensor:
-    return logits
-
-
-def vocabulary_of(head: Any, hidden: Tensor) -> int:
-    """Logits per position that ``head`` makes of ``hidden``."""
-    return head.out_features if isinstance(head, nn.Linear) else hidden.shape[-1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -47,10 +49,16 @@ class Sliding(str, Enum):
     convert = "convert"
 
 
+class Method(str, Enum):
+    alone = "alone"
+    greedy = "greedy"
+    uniform = "uniform"
+
+
 app = typer.Typer(
     name="linattn",
     cls=Commands,
-    help="Kernelized attention for pretrained transformers: plan a conversion, carry it out, generate, measure.",
+    help="Kernelized attention for pretrained transformers: plan a conversion, carry it out, train, generate, measure.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -101,6 +109,8 @@ NativeSliding = Annotated[Sliding, typer.Option(help="What becomes of layers wit
 KeepUnsupported = Annotated[
     bool, typer.Option("--keep-unsupported", help="Leave layers that cannot be converted softmax, not refuse.")
 ]
+Converted = Annotated[str, typer.Argument(metavar="CONVERTED", help="A converted model: a directory or a hub id.")]
+Data = Annotated[Path, typer.Option(metavar="FILE", help="Tokens (.npy) that `linattn tokens` or `sample` wrote.")]
 PLAN_OPTIONS = (
     "feature_map",
     "map_option",
@@ -431,6 +441,237 @@ def audit(
 
 
 @app.command()
+def tokens(
+    texts: Annotated[
+        list[Path], typer.Argument(metavar="TEXTS", help="JSON lines (.jsonl) with a text each, or plain text files.")
+    ],
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Whose tokenizer: a directory, .gguf file, hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .npy file to write.")],
+    field: Annotated[str, typer.Option(help="Of the lines' objects: where the text is.")] = "text",
+) -> None:
+    """Write texts as one array of token ids, each followed by the end-of-sequence token: what `distill` trains on.
+
+    Examples:
+
+    - `linattn tokens train.jsonl --tokenizer ./model -o train.npy`
+
+    - `linattn tokens a.txt b.txt --tokenizer model.gguf -o held-out.npy`
+    """
+    source = Source.find(tokenizer)
+    with _progress() as step, step("Tokenizing"):
+        from linattn.distill import pack, read_texts
+
+        def every() -> Iterator[str]:
+            for path in texts:
+                lines = path.suffix == ".jsonl"
+                yield from read_texts(path, field) if lines else [path.read_text(encoding="utf-8", errors="replace")]
+
+        count = pack(every(), source.tokenizer(), _npy(out))
+    typer.echo(f"{out}: {count:,} tokens")
+
+
+@app.command()
+def sample(
+    model: Model,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How many to write, at least.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .npy file to write.")],
+    length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Most tokens of a sample.")] = 2048,
+    rows: Annotated[int, typer.Option(min=1, help="Samples drawn at once.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Mass of the likeliest tokens drawn from.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
+) -> None:
+    """Let a teacher write the tokens to train on, where there is no text like that which it was trained on.
+
+    Examples:
+
+    - `linattn sample ./model --tokens 5000000 -o sampled.npy --rows 256 --device cuda --dtype bfloat16`
+    """
+    source = Source.find(model)
+    with _progress() as step, step(f"Loading {model}"):
+        from linattn.distill import sample_from_teacher
+
+        loaded = _loaded(source, dtype, _device(device))
+    if not loaded.can_generate():
+        raise UnsupportedError(f"{model}: {type(loaded).__name__} does not generate text.")
+    with _count("Sampling") as watch:
+        count = sample_from_teacher(
+            loaded,
+            tokens,
+            _npy(out),
+            length=length,
+            rows=rows,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            progress=watch,
+        )
+    typer.echo(f"{out}: {count:,} tokens")
+
+
+@app.command("cache-teacher")
+def cache_teacher(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
+    stages: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take the options of windows below from its stages of logits.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many: steps × accumulate × rows of the stage.")] = 1024,
+    length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the windows' order; the stage's.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax; the stage's.")] = 1.0,
+    k: Annotated[int, typer.Option(min=1, help="Likeliest tokens kept of each prediction.")] = 64,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Write into DIR even if it is not empty.")] = False,
+) -> None:
+    """Write down what a teacher predicts, to distil from without it: 8 k + 4 bytes a token.
+
+    Examples:
+
+    - `linattn cache-teacher ./model --data train.npy --stages stages.json -o teacher --device cuda`
+
+    - `linattn cache-teacher ./model --data train.npy --windows 5000 --length 1024 --k 32 -o teacher`
+    """
+    source = Source.find(model)
+    _refuse_full(out, force)
+    if stages is not None and (given := _given(ctx, "windows", "length", "seed", "temperature")):
+        raise typer.BadParameter(f"{', '.join(given)}: the stages settle that already.")
+    with _progress() as step, step(f"Loading {model}"):
+        from linattn.distill import Logits, Windows, read_stages
+        from linattn.distill import cache_teacher as write
+
+        if stages is not None:
+            read = [stage for stage in read_stages(stages) if isinstance(stage, Logits)]
+            if len({(stage.length, stage.seed, stage.temperature) for stage in read}) != 1:
+                raise OptionError(
+                    f"{stages}: {len(read)} stages of logits; expected one, or several of one length, seed and "
+                    "temperature."
+                )
+            length, seed, temperature = read[0].length, read[0].seed, read[0].temperature
+            windows = max(stage.steps * stage.accumulate * stage.rows for stage in read)
+        cut = Windows(data, length, seed=seed)
+        loaded = _loaded(source, dtype, _device(device))
+    with _count("Caching") as watch:
+        write(loaded, cut, windows=windows, k=k, out=out, temperature=temperature, progress=watch)
+    typer.echo(f"{out}: {windows:,} windows of {length:,} tokens, {k} predictions each")
+
+
+@app.command("select-layers")
+def select_layers(
+    model: Converted,
+    data: Data,
+    keep: Annotated[int, typer.Option(min=0, metavar="K", help="How many layers to leave softmax.")],
+    method: Annotated[
+        Method, typer.Option(help="Cost of each layer alone, measured anew after each choice, or even spacing.")
+    ] = Method.alone,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 4,
+    length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window.")] = 1024,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the plan, for `convert --plan` on the original model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Save the model with these layers softmax.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Write into DIR even if it is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose the layers to leave softmax, by the KL from the teacher that each one's conversion costs.
+
+    Run it on a model whose converted layers were trained (a stage of transfer will do), with nothing else trained.
+
+    Examples:
+
+    - `linattn select-layers ./transferred/model --data train.npy --keep 4 -o ./hybrid`
+
+    - `linattn select-layers ./transferred/model --data train.npy --keep 4 --method greedy --plan plan.json --json`
+    """
+    source = Source.find(model)
+    if out is not None:
+        _refuse_full(out, force)
+    with _progress() as step, step(f"Loading {model}"):
+        import torch
+
+        from linattn.distill import Windows, keep_softmax
+        from linattn.distill import select_layers as select
+
+        cut = Windows(data, length, seed=None)
+        read = torch.stack([cut[i] for i in range(min(windows, len(cut)))])
+        loaded = _loaded(source, dtype, _device(device))
+    with _count("Measuring") as watch:
+        found = select(loaded, read, keep=keep, method=method.value, progress=watch)
+    if plan is not None:
+        found.plan.save(plan)
+    if out is not None:
+        keep_softmax(loaded, *found.kept, reason=f"chosen by KL ({method.value})").save_pretrained(out)
+        if (tokenizer := _optional(source.tokenizer)) is not None:
+            tokenizer.save_pretrained(out)
+    if as_json:
+        costs = [{name: _finite(value) for name, value in cost._asdict().items()} for cost in found.costs]
+        typer.echo(json.dumps({"model": model, "method": method.value, "kept": found.kept, "costs": costs}, indent=2))
+        return
+    if found.costs:
+        table = _table("layer", "module", "kept before", "KL", "± s.e.", right=True)
+        for cost in found.costs:
+            table.add_row(str(cost.layer), cost.path, str(cost.kept), f"{cost.kl:.5f}", f"{cost.standard_error:.5f}")
+        _print(table)
+    typer.echo(f"keep softmax: {', '.join(map(str, found.kept)) or 'none'}")
+
+
+@app.command()
+def distill(
+    model: Converted,
+    stages: Annotated[Path, typer.Option(metavar="FILE", help='Stages: {"stages": [{"kind": "transfer", …}, …]}.')],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Checkpoints, metrics, and the model.")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Tokens (.npy) for the stages that name none.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The model before conversion, or a folder that `cache-teacher` wrote."),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew instead of where DIR was left.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train a converted model through stages, and save it in DIR/model.
+
+    Stopped at any moment, the same command goes on from the last checkpoint.
+
+    Examples:
+
+    - `linattn distill ./converted --teacher ./model --stages stages.json --data train.npy -o run --device cuda`
+
+    - `linattn distill ./converted --teacher ./cached --stages stages.json --data train.npy -o run --fresh`
+    """
+    source = Source.find(model)
+    with _progress() as step:
+        with step("Reading the stages"):
+            from linattn.distill import CachedTeacher, read_stages
+            from linattn.distill import distill as run
+
+            read, where = read_stages(stages), _device(device)
+        with step(f"Loading {model}"):
+            student = _loaded(source, dtype, where)
+        teaching: Any = None
+        if teacher is not None:
+            with step(f"Loading {teacher}"):
+                cached = (Path(teacher) / "teacher.json").is_file()
+                teaching = CachedTeacher(teacher) if cached else _loaded(Source.find(teacher), dtype, where)
+    report = run(student, teaching, read, out=out, data=data, resume=not fresh)
+    if (tokenizer := _optional(source.tokenizer)) is not None:
+        tokenizer.save_pretrained(report.model)
+    typer.echo(json.dumps(asdict(report), indent=2) if as_json else str(report))
+
+
+@app.command()
 def maps(as_json: Json = False) -> None:
     """List the feature maps and what each promises.
 
@@ -598,6 +839,23 @@ def _device(name: str) -> Any:
         raise typer.BadParameter(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def _loaded(source: Source, dtype: Dtype | None, device: Any) -> Any:
+    import torch
+
+    return source.model(None if dtype is None else getattr(torch, dtype.value)).to(device)
+
+
+def _npy(out: Path) -> Path:
+    if out.suffix != ".npy":
+        raise typer.BadParameter(f"--out {out}: expected a name that ends in .npy.")
+    return out
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not chat:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -759,6 +1017,26 @@ def _measurements() -> Iterator[Callable[[int, int], None]]:
             progress.update(task, completed=done, total=total)
             if not console.is_terminal:
                 typer.echo(f"Measured {done} of {total}", err=True)
+
+        yield watch
+
+
+@contextlib.contextmanager
+def _count(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Many small steps on standard error: a bar with the time left on a terminal, else a line every tenth."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console, tenths = Console(stderr=True), -1
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stderr=False) as progress:
+        task = progress.add_task(description, total=None)
+
+        def watch(done: int, total: int) -> None:
+            nonlocal tenths
+            progress.update(task, completed=done, total=total)
+            if not console.is_terminal and tenths < (tenths := 10 * done // total):
+                typer.echo(f"{description}: {done} of {total}", err=True)
 
         yield watch
 

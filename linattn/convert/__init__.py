@@ -5,8 +5,9 @@ Submodules that import transformers are loaded when a name is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from linattn._lazy import lazy
 
 if TYPE_CHECKING:
     from linattn.convert.cache import LinattnCacheLayer
@@ -46,12 +47,4 @@ __all__ = [
     "window_only",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)

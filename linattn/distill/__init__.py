@@ -5,6 +5,7 @@ from linattn.distill.data import Windows, pack, read_texts, sample_from_teacher
 from linattn.distill.engine import Batch, Objective, Stage, Trained, train
 from linattn.distill.logits import CachedTeacher, Logits, cache_teacher
 from linattn.distill.recipe import Report, StageReport, distill, read_stages, write_stages
+from linattn.distill.select import LayerCost, Selection, head_costs, keep_softmax, select_layers
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.distill.transfer import Transfer
 
@@ -12,9 +13,11 @@ __all__ = [
     "Batch",
     "CachedTeacher",
     "Calibration",
+    "LayerCost",
     "Logits",
     "Objective",
     "Report",
+    "Selection",
     "SplitAttention",
     "Stage",
     "StageReport",
@@ -24,10 +27,13 @@ __all__ = [
     "cache_teacher",
     "calibrate",
     "distill",
+    "head_costs",
+    "keep_softmax",
     "pack",
     "read_stages",
     "read_texts",
     "sample_from_teacher",
+    "select_layers",
     "split_attention",
     "train",
     "write_stages",

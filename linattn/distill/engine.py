@@ -135,8 +135,11 @@ class Objective:
         """How many times the stage's learning rate the parameter ``name`` learns at."""
         return 1.0
 
-    def __call__(self, batch: Batch) -> dict[str, float]:
-        """Add this batch's gradients to the parameters' ``grad``; returns ``"loss"`` and whatever else to log."""
+    def __call__(self, batch: Batch) -> Mapping[str, float | Tensor]:
+        """Add this batch's gradients to the parameters' ``grad``; returns ``"loss"`` and whatever else to log.
+
+        Numbers may be scalar tensors, which are read once a step: a device need not wait after every batch.
+        """
         raise NotImplementedError
 
 
@@ -240,16 +243,17 @@ def train(
         with open(log, "a", encoding="utf-8") if writing else contextlib.nullcontext() as lines:
             for step in range(done, stage.steps):
                 torch.manual_seed(derived_seed(stage.seed, step, state.process_index))
-                sums: dict[str, float] = {}
+                parts: dict[str, Any] = {}
                 for part in range(stage.accumulate):
                     batch = batches(step * stage.accumulate + part)._replace(step=step)
                     with torch.enable_grad():
                         for key, value in objective(batch).items():
-                            sums[key] = sums.get(key, 0.0) + value / stage.accumulate
+                            parts[key] = parts.get(key, 0.0) + value / stage.accumulate
                     _collect(objective.parameters, masters)
                     per_step = batch.tokens.numel() * stage.accumulate * state.num_processes
-                sums = _average(masters, sums, stage.accumulate, state)
+                parts = _average(masters, parts, stage.accumulate, state)
                 norm = float(nn.utils.clip_grad_norm_(masters.values(), stage.clip))
+                sums = {key: float(value) for key, value in parts.items()}
                 usable = math.isfinite(norm) and math.isfinite(sums["loss"])
                 if usable:
                     for group in optimizer.param_groups:
@@ -351,19 +355,18 @@ def _collect(parameters: Mapping[str, nn.Parameter], masters: dict[str, Tensor])
 
 
 @torch.no_grad()
-def _average(
-    masters: dict[str, Tensor], metrics: dict[str, float], batches: int, state: PartialState
-) -> dict[str, float]:
+def _average(masters: dict[str, Tensor], metrics: dict[str, Any], batches: int, state: PartialState) -> dict[str, Any]:
     """Means of the gradients over batches, zero where there was none; of these and the metrics over processes."""
     from accelerate.utils import reduce
 
     several = state.num_processes > 1
     for master in masters.values():
-        grad = torch.zeros_like(master) if master.grad is None else master.grad / batches
+        grad = torch.zeros_like(master) if master.grad is None else master.grad
+        grad = grad / batches if batches > 1 else grad
         master.grad = reduce(grad, "mean") if several else grad
     if not several:
         return metrics
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=state.device)
+    values = torch.tensor([float(value) for value in metrics.values()], dtype=torch.float64, device=state.device)
     return dict(zip(metrics, reduce(values, "mean").tolist(), strict=True))
 
 
@@ -373,7 +376,7 @@ def _measure(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]
     for batch in batches:
         with torch.enable_grad():
             for key, value in objective(batch._replace(held_out=True)).items():
-                sums[f"held_out_{key}"] = sums.get(f"held_out_{key}", 0.0) + value / len(batches)
+                sums[f"held_out_{key}"] = sums.get(f"held_out_{key}", 0.0) + float(value) / len(batches)
         for p in objective.parameters.values():
             p.grad = None
     return sums
@@ -381,8 +384,8 @@ def _measure(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]
 
 @torch.no_grad()
 def _write_back(parameters: Mapping[str, nn.Parameter], masters: dict[str, Tensor]) -> None:
-    for key, p in parameters.items():
-        p.copy_(masters[key])  # the same memory, where the parameter is float32 itself
+    # The same memory, where a parameter is float32 itself.
+    torch._foreach_copy_(list(parameters.values()), [masters[key] for key in parameters])
 
 
 # Checkpoints: one safetensors file, whose header holds as JSON what is no tensor. Renaming one file is atomic.

@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
 from linattn.distill.data import Progress, Windows
 from linattn.distill.engine import Batch, Objective, Stage, own_randomness, write_atomically
 from linattn.distill.layers import trainable_layers
 from linattn.errors import CheckpointError, OptionError
 
-LOGITS_AT_ONCE = 2**25
-"""Logits that stand in memory as float32 at a time."""
 PARTS = ("maps", "lora", "attention", "all")
 CACHE_FORMAT = "linattn-teacher-1"
 DESCRIPTION = "teacher.json"
@@ -242,7 +241,7 @@ def cache_teacher(
             for window in range(start, min(start + shard, windows)):
                 tokens = data[window]
                 hidden = body(tokens[None].to(device))[0]
-                parts = [_top_k(head(h), k, temperature) for h in hidden.split(_tokens_at_once(head, hidden))]
+                parts = [_top_k(head(h), k, temperature) for h in hidden.split(tokens_at_once(head, hidden))]
                 indices, log_probs = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
                 rows.append((indices, log_probs, torch.tensor(_checksum(tokens))))
                 if progress is not None:
@@ -276,7 +275,7 @@ def _checksum(tokens: Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Logits(Stage):
-    """Forward KL from teacher to student on every token, without cross-entropy.
+    """Forward KL from teacher to student on every token.
 
     Which parameters train, all in place: ``"maps"``, what conversion added (maps, gates, far biases); ``"lora"``,
     low-rank updates of the linear layers of the converted attention (Hu et al. 2021, arXiv:2106.09685; in linear
@@ -289,6 +288,8 @@ class Logits(Stage):
     Attributes:
         train: one or more of these.
         temperature: of both softmaxes.
+        cross_entropy: weight w of the next tokens' cross-entropy in (1 − w) KL + w cross-entropy; at 1 there need be
+            no teacher. The text then pulls the student away from its teacher: to compare with, not to recommend.
         maps_factor: how many times the learning rate applies to what conversion added, which starts from nothing
             where the weights start from a trained model.
         lora_rank: of the updates. lora_alpha: their scale is lora_alpha / lora_rank.
@@ -297,6 +298,7 @@ class Logits(Stage):
 
     train: tuple[str, ...] = ("maps", "lora")
     temperature: float = 1.0
+    cross_entropy: float = 0.0
     maps_factor: float = 1.0
     lora_rank: int = 8
     lora_alpha: int = 16
@@ -308,6 +310,8 @@ class Logits(Stage):
             raise OptionError(f"train: got {self.train}, expected some of {', '.join(PARTS)}.")
         if "lora" in self.train and {"attention", "all"} & set(self.train):
             raise OptionError(f"train: got {self.train}; 'lora' updates weights that the others train themselves.")
+        if not 0 <= self.cross_entropy <= 1:
+            raise OptionError(f"cross_entropy: got {self.cross_entropy!r}, expected a weight 0 … 1.")
         if not (self.temperature > 0 and self.maps_factor > 0 and self.lora_rank > 0 and self.chunk >= 0):
             raise OptionError(
                 f"temperature={self.temperature}, maps_factor={self.maps_factor}, lora_rank={self.lora_rank}, "
@@ -327,13 +331,13 @@ class Logits(Stage):
         """
         paths = tuple(f"{path}." for path in trainable_layers(model))
         sample = torch.zeros(1, min(16, self.length), dtype=torch.int64, device=next(model.parameters()).device)
-        if teacher is None or teacher is model:
+        if (teacher is None and self.cross_entropy < 1) or teacher is model:
             raise OptionError(
                 f"teacher: got {'the student itself' if teacher is model else teacher}, expected the model before "
                 "conversion (a copy made with copy.deepcopy, or loaded again), or a CachedTeacher."
             )
         with contextlib.ExitStack() as stack:
-            source: Teacher
+            source: Teacher | None = None
             if isinstance(teacher, CachedTeacher):
                 if self.held_out:
                     raise OptionError(
@@ -346,7 +350,7 @@ class Logits(Stage):
                         f"stage reads {needed} of {self.length}."
                     )
                 source = teacher
-            else:
+            elif teacher is not None:
                 stack.enter_context(evaluating(teacher))
                 source = ModelTeacher(teacher, sample.to(next(teacher.parameters()).device))
             with evaluating(model):
@@ -376,7 +380,7 @@ class Divergences(Objective):
     def __init__(
         self,
         stage: Logits,
-        teacher: Teacher,
+        teacher: Teacher | None,
         model: nn.Module,
         body: Callable[[Tensor], Tensor],
         head: Callable[[Tensor], Tensor],
@@ -389,16 +393,33 @@ class Divergences(Objective):
     def factor(self, name: str) -> float:
         return self.stage.maps_factor if ".linattn." in name else 1.0
 
-    def __call__(self, batch: Batch) -> dict[str, float]:
-        divergence = self.teacher.read(batch, self.stage.temperature)
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        losses = self._losses(batch)
         for module in self.checkpointed:
             module.training = True  # or transformers forgoes it; what is in the module stays in evaluation mode
         hidden = self.body(batch.tokens.to(next(iter(self.parameters.values())).device)).flatten(0, 1)
         of_head = list(self.head.parameters()) if isinstance(self.head, nn.Module) else []
-        chunk = self.stage.chunk or _tokens_at_once(self.head, hidden)
-        loss = chunked_mean(lambda h, rows: divergence(self.head(h), rows), hidden, of_head, chunk=chunk)
+        chunk = self.stage.chunk or tokens_at_once(self.head, hidden)
+        loss = chunked_mean(lambda h, rows: losses(self.head(h), rows), hidden, of_head, chunk=chunk)
         loss.backward()
-        return {"loss": loss.item()}
+        return {"loss": loss.detach().double()}
+
+    def _losses(self, batch: Batch) -> Divergence:
+        """Logits of a slice of the batch's tokens, and that slice → the loss of each, whose mean is the batch's."""
+        weight = self.stage.cross_entropy
+        divergence = self.teacher.read(batch, self.stage.temperature) if self.teacher and weight < 1 else None
+        # The last token of a window has no next one: the others stand for it.
+        wanted = torch.cat([batch.tokens[:, 1:], torch.full_like(batch.tokens[:, :1], -100)], 1).flatten()
+        scale = batch.tokens.shape[1] / max(1, batch.tokens.shape[1] - 1)
+
+        def losses(logits: Tensor, rows: slice) -> Tensor:
+            kl = divergence(logits, rows) if divergence is not None else torch.zeros((), device=logits.device)
+            if not weight:
+                return kl
+            targets = wanted[rows].to(logits.device)
+            return (1 - weight) * kl + weight * scale * F.cross_entropy(logits.float(), targets, reduction="none")
+
+        return losses
 
 
 @contextlib.contextmanager
@@ -423,30 +444,3 @@ def _low_rank(model: Any, paths: tuple[str, ...], stage: Logits) -> Iterator[Non
     finally:
         for p, required in flags:
             p.requires_grad_(required)
-
-
-@torch.no_grad()
-def body_and_head(model: Any, sample: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Functions ids ``[B, T]`` → hidden → logits: the output embedding apart where ``sample`` shows that it is all.
-
-    A model that does more to its logits (a softcap, a scale) forms them whole in the first, in its own dtype.
-    """
-
-    def whole(ids: Tensor) -> Tensor:
-        return model(ids, use_cache=False).logits
-
-    def body(ids: Tensor) -> Tensor:
-        return model.base_model(ids, use_cache=False).last_hidden_state
-
-    head = model.get_output_embeddings()
-    if model.base_model is not model and isinstance(head, nn.Linear) and torch.equal(head(body(sample)), whole(sample)):
-        return body, head
-    return whole, _same
-
-
-def _same(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _tokens_at_once(head: Any, hidden: Tensor) -> int:
-    return max(1, LOGITS_AT_ONCE // (head.out_features if isinstance(head, nn.Linear) else hidden.shape[-1]))

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from linattn.audit import by_position, mean_over, position_losses, positions, token_losses
+from linattn import _heads
+from linattn.audit import by_position, mean_over, position_losses, token_losses
 from linattn.errors import DtypeError, OptionError, ShapeError
 
 
@@ -50,7 +51,7 @@ def test_guessing_among_eight_costs_log_eight_everywhere():
 
 @pytest.mark.parametrize("logits_at_once", [1, 61 * 7, 2**25])
 def test_losses_are_the_cross_entropy_of_each_token(llama, windows, monkeypatch, logits_at_once):
-    monkeypatch.setattr(positions, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(_heads, "LOGITS_AT_ONCE", logits_at_once)
     model, ids = llama(), windows()
     want = -log_likelihood(model, ids).float()
     torch.testing.assert_close(token_losses(model, ids), want, rtol=1e-5, atol=1e-5)
@@ -59,7 +60,7 @@ def test_losses_are_the_cross_entropy_of_each_token(llama, windows, monkeypatch,
 
 @pytest.mark.parametrize(("vocabulary", "logits_at_once"), [(61, 61 * 4), (997, 997 * 3)])
 def test_only_a_slice_of_the_logits_exists_at_a_time(llama, windows, monkeypatch, vocabulary, logits_at_once):
-    monkeypatch.setattr(positions, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(_heads, "LOGITS_AT_ONCE", logits_at_once)
     model, sizes = llama(vocab_size=vocabulary), []
     # The first two calls find out, on 16 tokens, that the logits are the head's output.
     model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))

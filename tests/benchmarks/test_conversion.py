@@ -1,0 +1,81 @@
+"""The conversion benchmark: its variants differ where they say, and its smoke test fills the table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "recipes"))
+    return importlib.import_module("conversion")
+
+
+def test_variants_differ_from_the_recipe_where_they_say(benchmark: ModuleType) -> None:
+    found = benchmark.variants()
+    base = found["recipe"]
+
+    def changed(name: str) -> list[str]:
+        return [key for key in base if key != "name" and found[name][key] != base[key]]
+
+    assert base["keep"] == 0
+    assert [found[f"{count} layers softmax"]["keep"] for count in (2, 4, 6)] == [2, 4, 6]
+    assert changed("4 layers softmax") == ["keep"]
+    assert changed("no decay") == changed("decay by data") == changed("no rotary embedding far") == ["student"]
+    assert found["no rotary embedding far"]["student"] == base["student"] | {"far_rope": False}
+    assert changed("no transfer") == changed("no far target") == ["stages"]
+    assert [stage["kind"] for stage in found["no transfer"]["stages"]] == ["logits"]
+    lolcats = found["LoLCATs, cross-entropy"]
+    assert lolcats["student"] == {"feature_map": "hedgehog", "window": 64, "sinks": 0}
+    assert (lolcats["stages"][0]["far_weight"], lolcats["stages"][0]["mass_weight"]) == (0.0, 0.0)
+    assert [found[name]["stages"][1]["cross_entropy"] for name in ("LoLCATs, cross-entropy", "LoLCATs, KL")] == [1, 0]
+    for config in found.values():
+        minutes: list[Any] = [stage["minutes"] for stage in benchmark.within(config, 7.0)["stages"]]
+        assert sum(minutes) == pytest.approx(7.0)
+
+
+def smoke(benchmark: ModuleType, tmp_path: Path, *only: str) -> dict[str, Any]:
+    chosen = [word for name in only for word in ("--only", name)]
+    benchmark.main(["--smoke", "--out", str(tmp_path), "--results", str(tmp_path / "results"), *chosen])
+    return json.loads((tmp_path / "results" / "conversion.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(benchmark, "PLANNED", benchmark.PLANNED - {"far_rope"})
+    written = smoke(benchmark, tmp_path, "recipe", "4 layers softmax", "no rotary embedding far")
+    results = written["results"]
+    assert written["smoke"] is True
+    assert results["no rotary embedding far"]["error"] == "plan_model has no far_rope"
+    assert (len(results["recipe"]["kept"]), len(results["4 layers softmax"]["kept"])) == (0, 4)
+    text = (tmp_path / "results" / "conversion.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("| **4 layers softmax**")]
+    losses = [row["losses"]["student"] for row in results["4 layers softmax"]["audit"]]
+    assert line.split(" | ")[-2:] == [benchmark.perplexity(losses[0]), benchmark.perplexity(losses[1]) + " |"]
+    assert "Not run: no rotary embedding far: plan_model has no far_rope" in text
+    assert (tmp_path / "results" / "conversion.png").stat().st_size > 0
+
+    # Kept layers share the transfer of the recipe; what is done is read, not done again.
+    first = (tmp_path / "recipe" / "align" / "1-transfer.safetensors").read_bytes()
+    assert (tmp_path / "4-layers-softmax" / "align" / "1-transfer.safetensors").read_bytes() == first
+    monkeypatch.setattr(benchmark.recipe, "run", lambda *a, **k: pytest.fail("it is done already"))
+    assert smoke(benchmark, tmp_path, "recipe", "4 layers softmax")["results"]["recipe"] == results["recipe"]
+
+
+@pytest.mark.slow
+def test_every_variant_runs(benchmark: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    results = smoke(benchmark, tmp_path)["results"]
+    assert results.keys() == benchmark.variants().keys()
+    assert {name for name, result in results.items() if "error" in result} == {
+        name for name, config in benchmark.variants().items() if set(config["student"]) - benchmark.PLANNED
+    }

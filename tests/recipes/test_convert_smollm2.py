@@ -1,0 +1,186 @@
+"""The recipe's whole path on a tiny model: resumed to the bit, its steps settled once, its layers kept, its audits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import linattn
+from linattn.distill import transfer as transfer_module
+from linattn.errors import OptionError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+COMMON = {"length": 32, "rows": 2, "save_every": 2}
+CONFIG: dict[str, Any] = {
+    "student": {"feature_map": "hedgehog", "window": 6, "sinks": 2, "decay": "fixed"},
+    "keep": {"count": 1, "windows": 2, "length": 32},
+    "stages": [
+        {"kind": "transfer", "steps": 4, "learning_rate": 0.01, "warmup": 0.5, **COMMON},
+        {"kind": "logits", "steps": 4, "train": ["maps", "attention"], **COMMON},
+    ],
+    "audit": {"lengths": [40, 4000], "windows": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("convert_smollm2", RECIPES / "convert_smollm2.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A model that reads bytes."""
+    vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tiny")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 2, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.5}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    draw = np.random.default_rng(0)
+    texts = ["".join(chr(97 + c) for c in draw.integers(0, 26, 300)) for _ in range(3)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    np.save(tmp_path / "dev.npy", draw.integers(0, 256, 400).astype(np.uint16))
+    return {"train": tmp_path / "train.jsonl", "dev": tmp_path / "dev.npy"}
+
+
+def command(tiny: Path, files: dict[str, Path], out: Path, config: dict[str, Any]) -> list[str]:
+    path = out.with_suffix(".json")
+    path.write_text(json.dumps(config))
+    data = ["--train", files["train"], "--dev", files["dev"], "--audit", f"held={files['dev']}"]
+    return list(map(str, [path, "--out", out, "--model", tiny, "--dtype", "float32", "--device", "cpu", *data]))
+
+
+def test_a_stopped_run_goes_on_to_the_same_model(recipe, tiny, files, tmp_path, monkeypatch, capsys):
+    recipe.main(command(tiny, files, tmp_path / "whole", CONFIG))
+    said = capsys.readouterr().out
+    assert "audit held: 400 tokens are no two windows of 4,000; left out" in said
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    layers = json.loads((tmp_path / "whole" / "layers.json").read_text())
+    assert result["kept"] == layers["kept"]
+    assert sorted(cost["layer"] for cost in layers["costs"]) == [0, 1, 2]
+    assert [stage["options"]["warmup"] for stage in result["stages"]] == [2, 0]
+    assert all({"held_out_loss", "tokens_per_second"} <= stage.keys() for stage in result["stages"])
+    assert [stage["tokens"] for stage in result["stages"]] == [4 * 64] * 2
+    (row,) = result["audit"]
+    assert (row["text"], row["length"], row["windows"]) == ("held", 40, 3)
+    assert {"teacher", "student", "far_off", "control"} <= row["losses"].keys()
+    assert (tmp_path / "whole" / "audit" / "held-40" / "report.md").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole" / "model").encode("ab")
+    want = linattn.load(tmp_path / "whole" / "model")
+    assert [layer["kind"] for layer in want.config.linattn["layers"]].count("keep") == 1
+
+    call = transfer_module.LayerErrors.__call__
+
+    def breaking(self, batch):
+        if batch.step == 3:
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    again = command(tiny, files, tmp_path / "again", CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_module.LayerErrors, "__call__", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.main(again)
+    recipe.main(again)
+    got = linattn.load(tmp_path / "again" / "model").state_dict()
+    assert got.keys() == want.state_dict().keys()
+    assert all(torch.equal(got[name], t) for name, t in want.state_dict().items())
+    recipe.main(again)  # all of it is done: read, not made again
+    assert all(torch.equal(t, got[name]) for name, t in linattn.load(tmp_path / "again" / "model").state_dict().items())
+
+    other = CONFIG | {"student": CONFIG["student"] | {"window": 7}}
+    with pytest.raises(SystemExit, match="other student"):
+        recipe.main(command(tiny, files, tmp_path / "again", other))
+
+
+def test_minutes_become_steps_once_and_leave_the_student_as_it_was(recipe, tiny, files, tmp_path, monkeypatch):
+    teacher, tokenizer = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    student = linattn.convert_model(recipe.copy.deepcopy(teacher), **CONFIG["student"])
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    data = recipe.tokens_of(files["train"], tmp_path / "out", tokenizer)
+    assert np.load(data).size == 900
+    entries = [{**entry, "minutes": 0.5} for entry in CONFIG["stages"]]
+    for entry in entries:
+        del entry["steps"], entry["save_every"]
+    clock = iter(range(10**6))
+    monkeypatch.setattr(recipe.time, "perf_counter", lambda: next(clock) / 2)  # ticks at each call
+    settle = recipe._stages
+    stages = settle(entries, student, teacher, tmp_path / "out", data, None, lambda line: None)
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+    assert all(stage.steps >= 1 and stage.save_every >= 1 for stage in stages)
+    assert [stage.learning_rate for stage in stages] == [0.01, 1e-3]
+    assert stages[0].warmup == stages[0].steps // 2
+    monkeypatch.setattr(recipe, "_seconds_a_step", lambda *a: pytest.fail("the steps are settled"))
+    assert settle(entries, student, teacher, tmp_path / "out", data, None, lambda line: None) == stages
+
+
+def test_minutes_are_divided_by_the_time_of_a_step(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "_seconds_a_step", lambda *a: 0.25)
+    entries = [{"kind": "transfer", "minutes": 2.0}, {"kind": "logits", "minutes": 1.0, "warmup": 0.1}]
+    stages = recipe._stages(entries, None, None, tmp_path, None, None, lambda line: None)
+    assert [stage.steps for stage in stages] == [int(480 * recipe.MARGIN), int(240 * recipe.MARGIN)]
+    assert [stage.save_every for stage in stages] == [240, 240]
+    assert stages[1].warmup == int(0.1 * stages[1].steps)
+
+
+def test_a_converted_student_and_layers_by_name(recipe, tiny, files, tmp_path):
+    teacher, tokenizer = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    data = recipe.tokens_of(files["train"], tmp_path, tokenizer)
+    config = CONFIG | {"keep": [1], "audit": {"lengths": []}}
+    result = recipe.run(config, teacher, out=tmp_path / "a", train_data=data, log=lambda line: None)
+    assert (result["kept"], result["audit"]) == ([1], [])
+    rest = {key: value for key, value in config.items() if key not in ("student", "keep")}
+    student = linattn.load(tmp_path / "a" / "model").eval()
+    result = recipe.run(rest, teacher, out=tmp_path / "b", train_data=data, student=student, log=lambda line: None)
+    assert result["kept"] == [1]
+    with pytest.raises(OptionError, match="leave one of them out"):
+        recipe.run(config, teacher, out=tmp_path / "c", train_data=data, student=student)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"student": {"windw": 3}}, "student has no windw"),
+        ({"stagse": []}, "has no stagse"),
+        ({"audit": {"length": 3}}, "audit has no length"),
+        ({"keep": {"number": 3}}, "keep has no number"),
+        ({"stages": [{"kind": "transfer"}]}, "either steps or minutes"),
+        ({"stages": [{"kind": "transfer", "steps": 3, "minutes": 3}]}, "either steps or minutes"),
+    ],
+)
+def test_configs_that_say_something_else_are_refused(recipe, tiny, files, tmp_path, change, says):
+    teacher, _ = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    with pytest.raises(OptionError, match=says):
+        recipe.run(CONFIG | change, teacher, out=tmp_path / "out", train_data=files["dev"], log=lambda line: None)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_the_configs_that_come_along_are_valid(recipe, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "_seconds_a_step", lambda *a: 0.25)
+    config = recipe._checked(json.loads(path.read_text(encoding="utf-8")), None)
+    assert config["name"]
+    for number, entry in enumerate(config["stages"]):
+        recipe._stages([entry], None, None, tmp_path / str(number), None, None, lambda line: None)
+    if not isinstance(config["keep"], list):
+        recipe._fields(config["keep"])
