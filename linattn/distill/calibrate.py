@@ -47,9 +47,11 @@ def calibrate(
     The first batch prepares every layer. Every head's far bias is set in closed form, so that the far branch starts
     with the mass that softmax gives it: to the mean, over the queries of the first sequence, of log(softmax's far
     mass) − log(the map's far mass). Queries to which the map gives no mass, or where it is not positive a negative one,
-    have no part in that mean. A feature map that can adapt to data (``fit(q, k)`` of ``favor++``, ``favor#`` and
-    ``nystrom``) is fitted to the queries and keys that the far branch sees, and stays so where that lowers the layer's
-    error: what is optimal for the kernel need not be for attention. Adam with a cosine schedule does the rest.
+    have no part in that mean. Decays start where over tokens of equal features their mean look-back would be
+    softmax's, unless that raises the layer's error. A feature map that can adapt to data (``fit(q, k)`` of ``favor++``,
+    ``favor#`` and ``nystrom``) is fitted to the queries and keys that the far branch sees, and stays so where that
+    lowers the layer's error: what is optimal for the kernel need not be for attention. Adam with a cosine schedule
+    does the rest.
 
     Args:
         model: a converted causal model.

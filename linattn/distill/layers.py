@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from linattn.attention import LONGEST_HALF_LIFE
 from linattn.convert import ConvertedAttention
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.errors import ConversionError
+
+SHORTEST = 8.0
+"""Tokens of the shortest half-life that a decay starts with."""
 
 
 def trainable_layers(model: nn.Module) -> dict[str, ConvertedAttention]:
@@ -75,21 +80,74 @@ def relative_error(out: Tensor, target: Tensor) -> Tensor:
 def prepare(
     module: ConvertedAttention, split: SplitAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> None:
-    """Set the far bias, and fit the feature map where it can be fitted and the layer's error falls by it."""
+    """Set the far bias; start decays at softmax's look-back, and fit the feature map, where the error falls by it."""
+    q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
+
+    def match() -> None:
+        module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
 
     def error() -> float:
         return relative_error(ConvertedAttention.forward(module, q, k, v, **options), split.out).item()
 
-    q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
-    module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
+    def change(how: Callable[[], None]) -> None:
+        before, unchanged = {name: t.clone() for name, t in module.state_dict().items()}, error()
+        how()
+        match()
+        if not error() < unchanged:
+            module.load_state_dict(before)
+
+    match()
+    if module.decay is not None:
+        change(lambda: _look_back(module, split, q[:1], k[:1], options))
     fit = getattr(module.feature_map, "fit", None)
-    if fit is None:
-        return
-    before, unfitted = {name: t.clone() for name, t in module.state_dict().items()}, error()
-    fit(q_far[:, module.window + module.sinks :], k_far[:, module.sinks : k.shape[1] - module.window])
-    module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
-    if not error() < unfitted:
-        module.load_state_dict(before)
+    if fit is not None:
+        far_keys = k_far[:, module.sinks : k.shape[1] - module.window]
+        change(lambda: fit(q_far[:, module.window + module.sinks :], far_keys))
+
+
+def _look_back(
+    module: ConvertedAttention, split: SplitAttention, q: Tensor, k: Tensor, options: dict[str, Any]
+) -> None:
+    """Decays under which far tokens of equal features are looked back to as far, in the mean, as by softmax."""
+    length, kv_heads, first = q.shape[1], k.shape[2], module.window + module.sinks
+    at = torch.arange(length, device=q.device, dtype=torch.float32)
+    seen = exact(module, q, k, at[None, :, None, None].expand(1, -1, kv_heads, 1), options).far[0, first:, :, 0]
+    weight = split.far_share[0, first:].double().unflatten(1, (kv_heads, -1))
+    distance = (at[first:, None] - module.window - seen).double().unflatten(1, (kv_heads, -1))
+    count = torch.arange(1, length - first + 1, device=q.device)
+    if module.native_window is not None:
+        count = count.clamp_max(max(1, module.native_window - module.window))
+    found = half_lives((weight * distance).sum((0, 2)), weight.sum(2), count)
+    rate = math.log(2) / found
+    if module.decay == "fixed":
+        module.log_half_life.copy_(torch.where(found.isnan(), module.log_half_life.double(), found.log()))
+    else:
+        bias = torch.log(torch.expm1(rate))
+        module.gate_bias.copy_(torch.where(bias.isnan(), module.gate_bias.double(), bias))
+
+
+def half_lives(distance: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """Half-lives ``[K]`` of decays whose mean distances, over the tokens that queries can see, are those given.
+
+    Of ``count`` tokens n at distances 0 … n − 1, weighted by exp(−λd), the mean distance is 1/(e^λ−1) − n/(e^λn−1).
+
+    Args:
+        distance: ``[K]`` Σ over queries of weight · mean distance.
+        weight: ``[R, K]`` of the queries. count: ``[R]`` tokens that each sees.
+
+    Returns:
+        float64, between SHORTEST and LONGEST_HALF_LIFE; NaN without weight.
+    """
+    count = count.double()[:, None]
+    low = torch.full_like(distance, math.log(SHORTEST))
+    high = torch.full_like(distance, math.log(LONGEST_HALF_LIFE))
+    for _ in range(50):
+        middle = (low + high) / 2
+        rate = math.log(2) / middle.exp()
+        mean = 1 / torch.expm1(rate) - count / torch.expm1(rate * count)
+        near = (weight * mean).sum(0) < distance
+        low, high = torch.where(near, middle, low), torch.where(near, high, middle)
+    return torch.where(weight.sum(0) > 0, ((low + high) / 2).exp(), torch.nan)
 
 
 def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class LayerErrors(Objective):
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> None:
-        """Set the far biases and fit the maps that can be fitted; see :func:`linattn.distill.calibrate`."""
+        """Settle far biases, decays and maps that can be fitted; see :func:`linattn.distill.calibrate`."""
 
         def answer(path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             split = exact(module, q, k, v, options)
