@@ -33,8 +33,7 @@ NAME = "linattn"
 KEPT_ATTRIBUTE = "_linattn_kept"
 """Set on every attention module behind the seam: the implementation that softmax layers use."""
 CACHE_ATTRIBUTE = "_linattn_cache_layer"
-"""Holds a converted module's cache layer between its forward pre-hook and the attention function, then SPENT."""
-SPENT = "spent"
+"""Holds a converted module's :class:`Handover`."""
 ROTATION_ATTRIBUTE = "_linattn_rotation"
 """Holds the rotary embedding of a converted module's call for as long, where the far branch does without it."""
 
@@ -376,6 +375,18 @@ def _packing(shape: torch.Size, cu_seq_lens: Tensor | None, seq_idx: Tensor | No
     return _boundaries(starts)
 
 
+class Handover:
+    """A cache layer on its way from a module's forward pre-hook to the attention function.
+
+    Attributes:
+        layer: the one to use, None without a cache. spent: one was used in this call of the module.
+    """
+
+    def __init__(self) -> None:
+        self.layer: LinattnCacheLayer | None = None
+        self.spent = False
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -403,13 +414,14 @@ def attention_forward(
         raise Seen(query, key)
     if converted is None:
         return _kept_forward(module, query, key, value, attention_mask, scaling, is_causal, kwargs)
-    cache_layer = module.__dict__.get(CACHE_ATTRIBUTE)
-    if cache_layer == SPENT:
+    handover: Handover = module.__dict__[CACHE_ATTRIBUTE]
+    if handover.spent:
         raise UnsupportedError(
             f"{type(module).__name__} attends more than once in a call, and a converted layer's cache holds one state; "
             "pass use_cache=False, or keep these layers softmax."
         )
-    module.__dict__[CACHE_ATTRIBUTE] = None if cache_layer is None else SPENT
+    cache_layer = handover.layer
+    handover.layer, handover.spent = None, cache_layer is not None
     rotation = module.__dict__.pop(ROTATION_ATTRIBUTE, None)
     _refuse_unsupported(query, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -488,7 +500,8 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Forward pre-hook of a converted attention module: find its cache, whatever its name, and its rotary embedding."""
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     layer_idx: Any = getattr(module, "layer_idx", None)
-    module.__dict__[CACHE_ATTRIBUTE] = None if cache is None else adopt(cache, layer_idx)
+    handover: Handover = module.__dict__[CACHE_ATTRIBUTE]
+    handover.layer, handover.spent = None if cache is None else adopt(cache, layer_idx), False
     converted: Any = module._modules[NAME]
     if not converted.far_rope:
         module.__dict__[ROTATION_ATTRIBUTE] = rotation_of(module, args, kwargs)

@@ -23,6 +23,7 @@ from linattn.convert.hf import (
     NAME,
     ROTATION_ATTRIBUTE,
     ConvertedAttention,
+    Handover,
     hand_over,
 )
 from linattn.convert.plan import ConversionPlan, LayerPlan, MapSpec, plan_model
@@ -181,7 +182,7 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
     for path, child in children.items():
         module = model.get_submodule(path)
         module.add_module(NAME, child)
-        module.__dict__[CACHE_ATTRIBUTE] = None
+        module.__dict__[CACHE_ATTRIBUTE] = Handover()
         module.register_forward_pre_hook(hand_over, with_kwargs=True)
     for submodel in _submodels(model):
         if not isinstance(submodel, ConvertedModel):
