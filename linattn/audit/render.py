@@ -202,7 +202,7 @@ def _rate(row: dict[str, Any]) -> str:
 def _speed(report: dict[str, Any]) -> ReportTable:
     models = ("teacher", "student")
     rows = [
-        (f"{row[0]['length']:,}", *(f"{at['ms']:.3g} ms" for at in row), *(_bytes(at["bytes"]) for at in row))
+        (f"{row[0]['length']:,}", *(f"{at['ms']:.3g} ms" for at in row), *(readable_bytes(at["bytes"]) for at in row))
         for row in zip(*(report["speed"][name] for name in models), strict=True)
     ]
     columns = ("tokens", *(f"step, {NAMES[name]}" for name in models), *(f"memory, {NAMES[name]}" for name in models))
@@ -222,7 +222,8 @@ def _plus_minus(bucket: dict[str, Any]) -> str:
     return f"{bucket['mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _bytes(count: float) -> str:
+def readable_bytes(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and len(units) > 1:
         count /= 1024

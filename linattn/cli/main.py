@@ -971,6 +971,8 @@ def _memory(layers: list[LayerPlan], dtype: torch.dtype, lengths: list[int]) -> 
 
 
 def _print_info(report: dict[str, Any]) -> None:
+    from linattn.audit.render import readable_bytes
+
     total = report["converted_layers"] + report["softmax_layers"]
     typer.echo(f"{report['model']}: {report['model_type']}, {report['dtype']}, {total} attention layers")
     for how, count in report["attention"].items():
@@ -981,22 +983,16 @@ def _print_info(report: dict[str, Any]) -> None:
         typer.echo("Not converted: every token adds to the key/value cache. `linattn plan` shows what could be.")
     else:
         typer.echo(
-            f"State of the converted layers: {_bytes(report['state_bytes'])} per sequence at every length, as much as "
-            f"their key/value cache would take at {report['equal_at_tokens']:,} tokens."
+            f"State of the converted layers: {readable_bytes(report['state_bytes'])} per sequence at every length, as much "
+            f"as their key/value cache would take at {report['equal_at_tokens']:,} tokens."
         )
     table = _table("tokens", "softmax model", "this model", "ratio", right=True)
     for row in report["memory"]:
         ratio = row["cache_bytes"] / row["bytes"] if row["bytes"] else 1.0
-        table.add_row(f"{row['length']:,}", _bytes(row["cache_bytes"]), _bytes(row["bytes"]), f"{ratio:.2f}×")
+        table.add_row(
+            f"{row['length']:,}", readable_bytes(row["cache_bytes"]), readable_bytes(row["bytes"]), f"{ratio:.2f}×"
+        )
     _print(table)
-
-
-def _bytes(count: float) -> str:
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        del units[0]
-    return f"{count:.4g} {units[0]}"
 
 
 # Auditing.

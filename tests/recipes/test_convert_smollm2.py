@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,13 +32,8 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_smollm2", RECIPES / "convert_smollm2.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("convert_smollm2")
 
 
 @pytest.fixture
