@@ -983,8 +983,8 @@ def _print_info(report: dict[str, Any]) -> None:
         typer.echo("Not converted: every token adds to the key/value cache. `linattn plan` shows what could be.")
     else:
         typer.echo(
-            f"State of the converted layers: {readable_bytes(report['state_bytes'])} per sequence at every length, as much "
-            f"as their key/value cache would take at {report['equal_at_tokens']:,} tokens."
+            f"State of the converted layers: {readable_bytes(report['state_bytes'])} per sequence at every length, as "
+            f"much as their key/value cache would take at {report['equal_at_tokens']:,} tokens."
         )
     table = _table("tokens", "softmax model", "this model", "ratio", right=True)
     for row in report["memory"]:
