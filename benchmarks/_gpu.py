@@ -125,8 +125,14 @@ class Record:
         )
         self.summary: Callable[[], dict[str, Any]] = dict
 
-    def start(self, section: str, run: dict[str, Any]) -> None:
+    def start(self, section: str, run: dict[str, Any], *, keep: bool = False) -> None:
+        """Begin a section; with ``keep`` go on with the rows it has, those that failed left out."""
+        before = self.sections.get(section) if keep else None
         self.sections[section] = {"run": run, "complete": False, "skipped": [], "rows": []}
+        if before is not None:
+            later = [*before.get("later_runs", []), run]
+            rows = [row for row in before["rows"] if "error" not in row]
+            self.sections[section] |= {"run": before["run"], "later_runs": later, "rows": rows}
 
     def add(self, section: str, row: dict[str, Any]) -> None:
         self.sections[section]["rows"].append(row)

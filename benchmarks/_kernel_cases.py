@@ -274,31 +274,57 @@ def of_heads(found: dict[str, Tensor], heads: list[int]) -> dict[str, Tensor]:
 
 def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Greatest difference over greatest value, by name; the difference itself where zero is expected throughout."""
+    return {n: _ratio((found[n].double() - e).abs().max(), e.abs().max()) for n, e in expected.items()}
 
-    def error(x: Tensor, e: Tensor) -> float:
-        difference, scale = float((x.double() - e).abs().max()), float(e.abs().max())
-        return difference / scale if scale else difference
 
-    return {n: error(found[n], e) for n, e in expected.items()}
+def rms_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of the difference over the norm of the value, by name."""
+    return {n: _ratio((found[n].double() - e).norm(), e.norm()) for n, e in expected.items()}
+
+
+def _ratio(difference: Tensor, scale: Tensor) -> float:
+    return float(difference) / float(scale) if scale else float(difference)
 
 
 class Check(NamedTuple):
-    """Relative errors against float64 by tensor, and what they may be."""
+    """Relative errors against float64 by tensor, and what they may be: greatest ones, and root mean squares.
+
+    Both may be twice those of an independent computation in the same dtype, and a rounding more: of the greatest value
+    for the greatest error, which one element out of millions decides (:mod:`linattn.testing.budgets`), and half of it
+    in the mean.
+    """
 
     errors: dict[str, float]
     bounds: dict[str, float]
+    rms: dict[str, float]
+    rms_bounds: dict[str, float]
 
-    @property
-    def worst(self) -> str:
-        return max(self.errors, key=lambda n: (not math.isfinite(self.errors[n]), self.errors[n] / self.bounds[n]))
+    @classmethod
+    def of(
+        cls,
+        found: dict[str, Tensor],
+        independent: dict[str, Tensor],
+        expected: dict[str, Tensor],
+        sums: Sequence[str] = (),
+    ) -> Check:
+        """``sums``: names of what is kept in float32; the rest is rounded on its way."""
+        eps = {n: torch.finfo(torch.float32 if n in sums else DTYPE).eps for n in expected}
+        bounds = {n: 2 * (e + eps[n]) for n, e in relative_errors(independent, expected).items()}
+        rms_bounds = {n: 2 * e + eps[n] / 2 for n, e in rms_errors(independent, expected).items()}
+        return cls(relative_errors(found, expected), bounds, rms_errors(found, expected), rms_bounds)
 
     @property
     def holds(self) -> bool:
-        return all(error <= self.bounds[n] for n, error in self.errors.items())  # NaN does not
+        pairs = [(e, self.bounds[n]) for n, e in self.errors.items()]
+        pairs += [(e, self.rms_bounds[n]) for n, e in self.rms.items()]
+        return all(error <= bound for error, bound in pairs)  # NaN does not
 
     def __str__(self) -> str:
-        n = self.worst
-        return f"{n} {self.errors[n]:.1e} (may be {self.bounds[n]:.1e})"
+        def worst(errors: dict[str, float], bounds: dict[str, float]) -> str:
+            n = max(errors, key=lambda n: (not math.isfinite(errors[n]), errors[n] / bounds[n]))
+            return f"{n} {errors[n]:.1e} (may be {bounds[n]:.1e})"
+
+        return f"{worst(self.errors, self.bounds)}, rms {worst(self.rms, self.rms_bounds)}"
 
 
 class Oracle:
@@ -324,10 +350,8 @@ class Oracle:
         heads, backward = self.heads(case), case.length <= LONGEST_CHECKED_GRADIENT
         expected = self.expected(case, x, backward)
         narrow = x.heads(heads, DTYPE)
-        independent = relative_errors(results(narrow, lambda: attend(case, narrow, "chunked"), backward), expected)
-        found = of_heads(results(x, lambda: attend(case, x, impl), backward), heads)
-        rounding = torch.finfo(DTYPE).eps / 2
-        return Check(relative_errors(found, expected), {n: 2 * e + rounding for n, e in independent.items()})
+        independent = results(narrow, lambda: attend(case, narrow, "chunked"), backward)
+        return Check.of(of_heads(results(x, lambda: attend(case, x, impl), backward), heads), independent, expected)
 
     def peer_errors(self, case: Case, x: Tensors, work: Work) -> dict[str, float]:
         """Errors of a peer that computes the same function of the same features."""

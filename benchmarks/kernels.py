@@ -70,7 +70,6 @@ from _kernel_cases import (
     fla_work,
     flex_work,
     our_work,
-    relative_errors,
     sdpa_work,
 )
 from _kernel_report import plot, print_tables, summary
@@ -94,8 +93,8 @@ LONGEST_SOFTMAX, LONGEST_FLA = 131072, 262144
 class Bench:
     """Measures cases and puts them on record, one section at a time, each within its budget."""
 
-    def __init__(self, record: Record, *, smoke: bool, budget: float | None) -> None:
-        self.record, self.smoke, self.budget = record, smoke, budget
+    def __init__(self, record: Record, *, smoke: bool, budget: float | None, missing: bool = False) -> None:
+        self.record, self.smoke, self.budget, self.missing = record, smoke, budget, missing
         self.device, self.impl = ("cpu", "chunked") if smoke else ("cuda", "triton")
         self.watch = Stopwatch(self.device)
         self.oracle = Oracle()
@@ -115,7 +114,7 @@ class Bench:
         }
         self.section = section
         self.deadline = time.perf_counter() + (self.budget or SECONDS[section])
-        self.record.start(section, header)
+        self.record.start(section, header, keep=self.missing)
         started = time.perf_counter()
         yield
         self.record.sections[section]["complete"] = not self.record.sections[section]["skipped"]
@@ -136,6 +135,11 @@ class Bench:
         print(f"{self.section}: no time left for {what}", flush=True)
         return True
 
+    def has(self, case: Case, contender: str) -> bool:
+        """Whether the section has this row already."""
+        rows = self.record.sections[self.section]["rows"]
+        return any((row["shape"], row["contender"]) == (case.shape, contender) for row in rows)
+
     def add(self, case: Case, contender: str, **figures: Any) -> None:
         about = {"shape": case.shape, "batch": case.batch, "length": case.length, "head_dim": case.head_dim}
         row = about | {"contender": contender} | figures
@@ -154,7 +158,7 @@ class Bench:
 
     def _guarded(self, case: Case, contender: str, measure: Callable[[], None]) -> None:
         """Measure if there is time left; one failure must not cost the rest of the run."""
-        if self.expired(f"{contender} at {case.shape}"):
+        if self.has(case, contender) or self.expired(f"{contender} at {case.shape}"):
             return
         try:
             measure()
@@ -169,7 +173,7 @@ class Bench:
         if check.holds:
             self._measure(case, case.title, our_work(actual, x, self.impl), seconds, check)
         else:
-            self.add(case, case.title, error=f"wrong: {check}", errors=check.errors, bounds=check.bounds)
+            self.add(case, case.title, error=f"wrong: {check}", **check._asdict())
 
     def _peer(self, case: Case, contender: str, make_work: MakeWork, seconds: float, same: bool) -> None:
         actual = self.actual(case)
@@ -187,7 +191,7 @@ class Bench:
         self, case: Case, contender: str, work: Work, seconds: float, check: Check | None, **figures: Any
     ) -> None:
         if check is not None:
-            figures |= {"errors": check.errors, "bounds": check.bounds}
+            figures |= check._asdict()
         with work.context():
             for name in (FORWARD, BOTH):
                 figures[name] = self._figures(case, name, functools.partial(work.run, name), seconds)
@@ -358,7 +362,7 @@ def _decode(bench: Bench, case: Case, tokens: int) -> None:
     with torch.no_grad():
         check = _check_step(actual, state, token, bench.impl)
         if not check.holds:
-            bench.add(case, case.title, tokens=tokens, error=f"wrong: {check}", errors=check.errors)
+            bench.add(case, case.title, tokens=tokens, error=f"wrong: {check}", **check._asdict())
             return
         step = decoder(actual, state, token, bench.impl).step
         launches = _launches(step) if bench.watch.cuda else None
@@ -369,9 +373,8 @@ def _decode(bench: Bench, case: Case, tokens: int) -> None:
         case.title,
         tokens=tokens,
         launches=launches,
-        errors=check.errors,
-        bounds=check.bounds,
         step={**timing._asdict(), "floor_ms": floor_ms, "over_floor": timing.ms / floor_ms},
+        **check._asdict(),
     )
 
 
@@ -385,14 +388,10 @@ def _check_step(case: Case, state: AttentionState, token: Tensors, impl: str) ->
     heads = list(range(case.heads))
     wide = state.map(lambda t: t.double() if t.is_floating_point() else t)
     expected = figures(*chunked_step(case, wide, token.heads(heads, torch.float64)))
-    independent = relative_errors(figures(*chunked_step(case, state, token.heads(heads, DTYPE))), expected)
+    independent = figures(*chunked_step(case, state, token.heads(heads, DTYPE)))
     ours = decoder(case, state, token, impl)
     out = ours.step()
-    found = figures(out, ours.state())
-    return Check(
-        relative_errors(found, expected),
-        {n: 2 * e + torch.finfo(found[n].dtype).eps / 2 for n, e in independent.items()},
-    )
+    return Check.of(figures(out, ours.state()), independent, expected, sums=("kv", "k"))
 
 
 def _graphed(step: Callable[[], Tensor]) -> Callable[[], None]:
@@ -424,17 +423,18 @@ def _launches(step: Callable[[], Tensor]) -> int | None:
 
 def cold(bench: Bench, *, peer: bool = False) -> None:
     for name in (*COLD, *(["fla"] if peer else [])):
-        if bench.expired(name):
-            continue
         case = COLD.get(name, COLD["given"])
+        title = FLA if name == "fla" else case.title
+        if bench.has(case, title) or bench.expired(name):
+            continue
         try:
             with tempfile.TemporaryDirectory() as cache:
                 figures = {"empty_cache": _fresh_process(name, cache, bench.smoke)}
                 if name != "fla":
                     figures["filled_cache"] = _fresh_process(name, cache, bench.smoke)
-            bench.add(case, FLA if name == "fla" else case.title, **figures)
+            bench.add(case, title, **figures)
         except Exception as error:
-            bench.add(case, FLA if name == "fla" else case.title, error=_brief(error))
+            bench.add(case, title, error=_brief(error))
 
 
 def _fresh_process(name: str, cache: str, smoke: bool) -> dict[str, float]:
@@ -484,6 +484,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections to measure, separated by commas")
     parser.add_argument("--budget", type=float, help="seconds for each section, instead of the defaults")
+    parser.add_argument("--missing", action="store_true", help="measure only what is not on record, or failed")
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.png")
     parser.add_argument("--cold-peer", action="store_true", help="time the peer's first call too (minutes)")
     parser.add_argument("--plot", action="store_true", help="only redraw the plot and print the tables")
@@ -505,7 +506,7 @@ def main() -> None:
     record = Record((args.out or RESULTS) / "kernels.json", base, ("triton", "fla-core"))
     record.summary = lambda: summary(record.sections)
     if not args.plot:
-        bench = Bench(record, smoke=args.smoke, budget=args.budget)
+        bench = Bench(record, smoke=args.smoke, budget=args.budget, missing=args.missing)
         for name in chosen:
             with bench.run(name):
                 if name == "cold":
