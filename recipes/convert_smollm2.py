@@ -136,16 +136,14 @@ def _checked(config: Mapping[str, Any], student: PreTrainedModel | None) -> dict
     stages = control if isinstance(control, list) else config.get("stages", [])
     logits = [stage for stage in stages if stage.get("kind") == "logits"]
     if control and (not logits or (control is not True and logits != control)):
-        raise OptionError(
-            "config: control takes stages of logits, its own or the student's: nothing else trains it."
-        )
+        raise OptionError("config: control takes stages of logits, its own or the student's: nothing else trains it.")
     if control and any(stage.get("train") == ["maps"] for stage in logits):
         raise OptionError("config: control has no maps to train, all that a stage trains; list stages of its own.")
     return CONFIG | dict(config)
 
 
 def _same_run(path: Path, config: Mapping[str, Any]) -> None:
-    """Write the config down, or raise if the folder's run was another: audits and name may change, a control may come."""
+    """Write the config down, or raise if the folder's run was another: audits and name may change, a control come."""
     if path.exists():
         before = CONFIG | json.loads(path.read_text(encoding="utf-8"))
         fixed = ("student", "seed", "keep", "stages", *(["control"] if before["control"] else []))
