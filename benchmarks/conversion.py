@@ -7,9 +7,11 @@ Every variant trains as long as the others (--minutes) on the same tokens, throu
 recipe of recipes/configs/default.json without layers kept softmax; the same without its transfer, its far target, its
 decay, and without rotary embedding in the far branch; with 2, 4 and 6 layers kept, chosen by KL; and LoLCATs
 (arXiv:2410.10254), with cross-entropy as published, and with KL.
-Called again it goes on where it was stopped. Writes results/conversion.json, .md and .png: perplexity on held-out texts
-at several lengths, beside the teacher, the same weights without their far branch, and an untrained window of equal
-bytes. --smoke runs all of it on the CPU with a tiny random model and tokens; its numbers mean nothing.
+The recipe without kept layers and with 4 of them are held against a window of equal bytes trained as they were, too,
+which takes their minutes of logits once more. Called again it goes on where it was stopped. Writes
+results/conversion.json, .md and .png: perplexity on held-out texts at several lengths, beside the teacher, the same
+weights without their far branch, and windows of equal bytes, untrained and trained. --smoke runs all of it on the CPU
+with a tiny random model and tokens; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +39,20 @@ import convert_smollm2 as recipe
 
 CONFIGS = ROOT / "recipes" / "configs"
 BASE = "recipe"
+CONTROLLED = (BASE, "4 layers softmax")
+"""Variants with a trained control."""
+OVER = {
+    "far_branch": "far branch off",
+    "over_control": "equal bytes, no training",
+    "over_trained_control": "equal bytes, trained",
+}
+"""What a variant is compared with beyond its window, by the name of the difference in an audit."""
+BARS = (
+    ("student", "as it is", -0.27),
+    ("far_off", "far branch off", 0.0),
+    ("trained_control", "window of equal bytes, trained", 0.27),
+)
+"""Models of the plot, their labels, and where their bars stand."""
 SMOKE_VOCABULARY = 64
 SMOKE = {"length": 32, "rows": 1, "steps": 2, "warmup": 0}
 
@@ -64,7 +80,8 @@ def variants() -> dict[str, dict[str, Any]]:
         "LoLCATs, cross-entropy": lolcats,
         "LoLCATs, KL": lolcats | {"stages": by_kl},
     }
-    return {name: copy.deepcopy(config) | {"name": name} for name, config in found.items()}
+    own = {name: {"name": name, "control": name in CONTROLLED} for name in found}
+    return {name: copy.deepcopy(config) | own[name] for name, config in found.items()}
 
 
 def within(config: dict[str, Any], minutes: float) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def perplexity(loss: float) -> str:
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]], about: str) -> str:
-    """Two tables: perplexities, and what the far branch is worth in nats beyond the window."""
+    """Two tables: perplexities, and what a variant is worth in nats beyond its window, over windows alone."""
     done = {name: result for name, result in results.items() if "error" not in result}
     places = [(row["text"], row["length"]) for result in list(done.values())[:1] for row in result["audit"]]
     header = [f"{text}, {length:,}" for text, length in places]
@@ -123,10 +140,13 @@ def markdown(results: Mapping[str, Mapping[str, Any]], about: str) -> str:
     for name, result in done.items():
         if not rows:
             rows += [["teacher", "", "", *losses(result, "teacher")]]
-            rows += [[f"window of equal bytes, no training ({name})", "", "", *losses(result, "control")]]
         millions = sum(stage["tokens"] for stage in result["stages"]) / 1e6
         rows += [[f"**{name}**", str(len(result["kept"])), f"{millions:.1f}", *losses(result, "student")]]
         rows += [["— far branch off", "", "", *losses(result, "far_off")]]
+        rows += [["— equal bytes, no training", "", "", *losses(result, "control")]]
+        if control := result["control"]:
+            millions = sum(stage["tokens"] for stage in control["stages"]) / 1e6
+            rows += [["— equal bytes, trained", "", f"{millions:.1f}", *losses(result, "trained_control")]]
     lines = [
         "# Conversion: what each part is worth",
         "",
@@ -138,19 +158,25 @@ def markdown(results: Mapping[str, Mapping[str, Any]], about: str) -> str:
     lines += _table(["variant", "softmax layers", "M tokens", *header], rows)
     lines += [
         "",
-        "What the far branch is worth beyond the window, in nats per token (far branch off − variant), ± s.e.:",
+        "Cross-entropy of windows alone less that of a variant, beyond its window, in nats per token, ± s.e.: its own "
+        "window (far branch off), and the teacher's with as many bytes as the variant's state, untrained and trained "
+        "on the tokens of the variant's stages of logits:",
         "",
     ]
     gains = [
-        [name, *(_gain(row["beyond_reach"]["far_branch"]) for row in result["audit"])] for name, result in done.items()
+        [name, f"{row['text']}, {row['length']:,}", *(_gain(row["beyond_reach"].get(over)) for over in OVER)]
+        for name, result in done.items()
+        for row in result["audit"]
     ]
-    lines += _table(["variant", *header], gains)
+    lines += _table(["variant", "text", *OVER.values()], gains)
     failed = {name: result["error"] for name, result in results.items() if "error" in result}
     lines += [line for name, why in failed.items() for line in ("", f"Not run: {name}: {why}")]
     return "\n".join(lines) + "\n"
 
 
-def _gain(bucket: Mapping[str, Any]) -> str:
+def _gain(bucket: Mapping[str, Any] | None) -> str:
+    if bucket is None:
+        return ""
     error = bucket["standard_error"]
     return f"{bucket['mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
@@ -160,7 +186,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
-    """Loss over the teacher's for each variant, with its far branch and without; False without matplotlib."""
+    """Loss over the teacher's of each variant, with its far branch and without, and of its trained control, if any.
+
+    False without matplotlib.
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -176,12 +205,10 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
         layout="tight",
     )
     for at, (row, ax) in enumerate(zip(rows, axes[0], strict=True)):
-        for model, label, offset in (("student", "as it is", -0.2), ("far_off", "far branch off", 0.2)):
-            values = [
-                result["audit"][at]["losses"][model] - result["audit"][at]["losses"]["teacher"]
-                for result in done.values()
-            ]
-            ax.barh([i + offset for i in range(len(done))], values, 0.38, label=label)
+        for model, label, offset in BARS:
+            losses = [result["audit"][at]["losses"] for result in done.values()]
+            values = [each.get(model, math.nan) - each["teacher"] for each in losses]
+            ax.barh([i + offset for i in range(len(done))], values, 0.26, label=label)
         control = row["losses"]["control"] - row["losses"]["teacher"]
         ax.axvline(control, color="grey", linestyle="--", label="window of equal bytes, no training")
         ax.set_title(f"{row['text']}, windows of {row['length']:,}", fontsize=9)

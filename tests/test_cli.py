@@ -191,7 +191,11 @@ def test_sampling_is_seeded(converted: Path) -> None:
     assert first != other
 
 
-def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Path) -> None:
+@pytest.mark.parametrize("far", ["favor+", "none"])
+def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Path, tmp_path: Path, far: str) -> None:
+    if far == "none":
+        converted = tmp_path / "near"
+        cli("convert", saved, converted, "--feature-map", far, "--window", 4, "--sinks", 1, "--keep-layers", "1")
     tokens = torch.arange(3, 15)[None]
     held = {}
     for path in (saved, converted):
@@ -207,7 +211,7 @@ def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Pat
     per_token = (held[saved][0] + held[saved][2]) / 12
     assert (report["equal_at_tokens"] - 1) * per_token < report["state_bytes"] <= report["equal_at_tokens"] * per_token
     text = cli("info", converted).stdout
-    assert "2 × favor+, window 4, sinks 1" in text
+    assert f"2 × {'no far branch' if far == 'none' else far}, window 4, sinks 1" in text
     assert "1 × softmax" in text
     assert f"{report['equal_at_tokens']:,} tokens" in text
 

@@ -13,8 +13,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from linattn._modes import evaluating
-from linattn.audit.ablations import converted_layers, far_off
-from linattn.convert import ConversionPlan, LayerPlan, LinattnCacheLayer, convert_model, prepare_cache, revert_model
+from linattn.audit.ablations import converted_layers
+from linattn.convert import (
+    ConversionPlan,
+    ConvertedAttention,
+    LayerPlan,
+    LinattnCacheLayer,
+    convert_model,
+    prepare_cache,
+    revert_model,
+)
 from linattn.errors import OptionError, StateError
 from linattn.state import AttentionState
 
@@ -151,8 +159,8 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     any length. Given a ``length``, they become windows too, and their keys and values of so many tokens count among the
     bytes to spend. A layer with a sliding window of its own gets no larger one than that.
 
-    Carry the plan out on the teacher, in the student's dtype, and delete the far branch (:func:`far_off`), for which
-    the plan names a map without parameters; :func:`equal_bytes_control` does both.
+    ``convert_model(teacher, plan=equal_bytes_plan(student))``, in the student's dtype, is the control: it trains, saves
+    and loads like any converted model. :func:`equal_bytes_control` makes the untrained one for a while.
 
     Raises:
         ConversionError: ``student`` is not converted.
@@ -160,9 +168,9 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     """
     if length is not None and length < 1:
         raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1.")
-    budget, sinks = _linear_bytes(student), max(layer.sinks for layer in converted_layers(student))
+    layers = converted_layers(student)
+    budget, sinks, dtype = _linear_bytes(student), max(layer.sinks for layer in layers), _dtype(student, layers[0])
     plan = ConversionPlan.from_dict(student.config.linattn)
-    dtype = converted_layers(student)[0].far_bias.dtype
     for layer in plan.kept if length else ():
         if layer.supported and layer.native_window is None:
             layer.kind, layer.reason, layer.sinks = "convert", "", sinks
@@ -175,7 +183,7 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     if window < 1:
         raise OptionError(f"student: its states take {budget} bytes, windows of one token {size(1)}: no control.")
     for layer in plan.converted:
-        layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = "elu", {}, None, True
+        layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
         layer.window = window if layer.native_window is None else min(window, layer.native_window)
     return plan
 
@@ -191,8 +199,7 @@ def equal_bytes_control(
     """
     control = convert_model(teacher, plan=equal_bytes_plan(student, length=length))
     try:
-        with far_off(control):
-            yield control
+        yield control
     finally:
         revert_model(control)
 
@@ -211,10 +218,17 @@ def _linear_bytes(model: nn.Module) -> int:
             sinks=layer.sinks,
             far_head_dim=phi.head_dim if layer.far and not layer.far_rope else None,
             decay=layer.far and layer.decay is not None,
-            dtype=layer.far_bias.dtype,
+            dtype=_dtype(model, layer),
             device="meta",
         ).nbytes
     return total
+
+
+def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
+    """Of the keys and values of a converted layer, which one without a far branch has no tensor to tell by."""
+    if layer.far_bias is not None:
+        return layer.far_bias.dtype
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _window_bytes(layer: LayerPlan, window: int, dtype: torch.dtype) -> int:

@@ -63,7 +63,7 @@ def audit_model(
         parts: what to measure, of ``PARTS``.
         recall: measures one model, as ``lambda model: recall_by_distance(model, tasks, text, distances=…)``; without
             it there is no part ``recall``.
-        trained_control: a model converted by ``equal_bytes_plan(student)`` and trained; its far branch is deleted.
+        trained_control: a model converted by ``equal_bytes_plan(student)`` and trained; a far branch would be deleted.
         start: first position of the far-gain ratio; see :func:`far_gain`. Default 2,048, or T // 2 if that is less.
         stride: of its truncated contexts.
         edges: bounds of the position buckets.

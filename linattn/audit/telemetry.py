@@ -40,7 +40,7 @@ class LayerTelemetry(NamedTuple):
             without decay.
         effective_rank: ``[Hkv]`` of the state after the text: the exponential of the entropy of its normalised singular
             values (Roy and Vetterli 2007), from 1 to ``greatest_rank``. NaN of an empty state.
-        greatest_rank: the smaller of feature_dim and head_dim.
+        greatest_rank: the smaller of feature_dim and head_dim; 0 without a far branch.
     """
 
     layer: int
@@ -95,7 +95,7 @@ def layer_telemetry(teacher: PreTrainedModel, student: PreTrainedModel, tokens: 
                 tuple(theirs.tolist()),
                 None if rates is None else tuple((math.log(2) / rates).tolist()),
                 tuple(mine["rank"].tolist()),
-                min(layer.feature_map.feature_dim, layer.feature_map.head_dim),
+                min(layer.feature_map.feature_dim, layer.feature_map.head_dim) if layer.far else 0,
             )
         )
     return found
@@ -161,6 +161,8 @@ def _weight(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, 
 
 def _effective_rank(matrix: Tensor) -> Tensor:
     """``[Hkv]`` of ``[Hkv, F, V]``."""
+    if not matrix.shape[1]:  # no far branch
+        return matrix.new_full((len(matrix),), math.nan)
     singular = torch.linalg.svdvals(matrix.double())
     return torch.special.entr(singular / singular.sum(-1, keepdim=True)).sum(-1).exp()
 

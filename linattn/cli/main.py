@@ -90,7 +90,9 @@ def _common(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, a .gguf file, or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-FeatureMap = Annotated[str, typer.Option(metavar="NAME", help="Feature map of the far branch; see `linattn maps`.")]
+FeatureMap = Annotated[
+    str, typer.Option(metavar="NAME", help="Feature map of the far branch; see `linattn maps`. none: no far branch.")
+]
 MapOptions = Annotated[
     list[str] | None,
     typer.Option("--map-option", metavar="KEY=VALUE", help="An option of the feature map; may be repeated."),
@@ -780,7 +782,7 @@ def _plan_options(
 ) -> dict[str, Any]:
     """The command's options in the terms of :func:`linattn.convert.plan_model`."""
     return {
-        "feature_map": feature_map,
+        "feature_map": None if feature_map == "none" else feature_map,
         "feature_map_options": dict(map(_key_value, map_option or ())) or None,
         "window": window,
         "sinks": sinks,
@@ -917,18 +919,14 @@ def _state_bytes(layer: LayerPlan, dtype: torch.dtype) -> int:
     from linattn.feature_maps import make
     from linattn.state import AttentionState
 
-    phi = make(
-        layer.feature_map or "",
-        layer.head_dim,
-        num_heads=layer.heads,
-        num_kv_heads=layer.kv_heads,
-        device="meta",
-        **layer.feature_map_options,
-    )
+    features = 0
+    if layer.feature_map is not None:
+        sizes: dict[str, Any] = {"num_heads": layer.heads, "num_kv_heads": layer.kv_heads, "device": "meta"}
+        features = make(layer.feature_map, layer.head_dim, **sizes, **layer.feature_map_options).feature_dim
     state = AttentionState.empty(
         1,
         num_kv_heads=layer.kv_heads,
-        feature_dim=phi.feature_dim,
+        feature_dim=features,
         head_dim=layer.head_dim,
         window=layer.window,
         sinks=layer.sinks,
@@ -957,7 +955,7 @@ def _memory(layers: list[LayerPlan], dtype: torch.dtype, lengths: list[int]) -> 
         text = "softmax"
         if layer.kind == "convert":
             decay = f", {layer.decay} decay" if layer.decay else ""
-            text = f"{layer.feature_map}, window {layer.window}, sinks {layer.sinks}{decay}"
+            text = f"{layer.feature_map or 'no far branch'}, window {layer.window}, sinks {layer.sinks}{decay}"
         how[text] = how.get(text, 0) + 1
     return {
         "converted_layers": sum(bool(each.state) for each in memory),

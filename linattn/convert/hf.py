@@ -36,10 +36,15 @@ CACHE_ATTRIBUTE = "_linattn_cache_layer"
 """Holds a converted module's :class:`Handover`."""
 ROTATION_ATTRIBUTE = "_linattn_rotation"
 """Holds the rotary embedding of a converted module's call for as long, where the far branch does without it."""
+PLAIN = "elu"
+"""A feature map without parameters, for layers that have no use for one."""
 
 
 class ConvertedAttention(nn.Module):
     """The linear attention of one converted layer: a feature map, a far bias and, if asked for, a decay.
+
+    A layer whose plan has no feature map is a sliding window with sinks: it has no parameters, ``far`` is False, and
+    its ``feature_map`` serves for the sizes alone.
 
     It lives as the child ``linattn`` of the attention module it serves; the projections, norms and rotary embedding
     stay that module's own. See :func:`linattn.kernels.kernel_attention` for the operator.
@@ -55,19 +60,17 @@ class ConvertedAttention(nn.Module):
         far_rope: False where the far branch reads queries and keys before rotary embedding.
     """
 
-    far_bias: nn.Parameter
+    far_bias: nn.Parameter | None
 
     def __init__(
         self, layer: LayerPlan, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        if layer.feature_map is None:
-            raise ConversionError(f"{layer.path}: kind='convert' needs a feature_map.")
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
-        self.far = True
+        self.far = layer.feature_map is not None
         self.feature_map = make(
-            layer.feature_map,
+            layer.feature_map or PLAIN,
             layer.head_dim,
             num_heads=layer.heads,
             num_kv_heads=layer.kv_heads,
@@ -76,7 +79,8 @@ class ConvertedAttention(nn.Module):
             dtype=dtype,
             **layer.feature_map_options,
         )
-        self.far_bias = nn.Parameter(torch.empty(layer.heads, device=device, dtype=dtype))
+        bias = torch.empty(layer.heads, device=device, dtype=dtype)
+        self.far_bias = nn.Parameter(bias) if self.far else None
         if self.decay == "fixed":
             self.log_half_life = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
         elif self.decay == "data":
@@ -91,7 +95,8 @@ class ConvertedAttention(nn.Module):
 
     @torch.no_grad()
     def _reset_own_parameters(self) -> None:
-        self.far_bias.zero_()
+        if self.far_bias is not None:
+            self.far_bias.zero_()
         if self.decay is None:
             return
         log_half_life = starting_log_half_lives(self.feature_map.num_kv_heads)

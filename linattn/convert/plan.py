@@ -21,7 +21,7 @@ FORMAT = 1
 DECAYS = (None, "fixed", "data")
 LINEAR = "is linear already: its memory is of constant size"
 
-MapSpec = str | type[FeatureMap] | Callable[["LayerPlan"], FeatureMap]
+MapSpec = str | type[FeatureMap] | Callable[["LayerPlan"], FeatureMap] | None
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class LayerPlan:
         heads, kv_heads, head_dim: sizes H, Hkv, D of its queries and keys.
         scale: its softmax scale.
         causal: False for bidirectional attention.
-        feature_map: name of the registered feature map.
+        feature_map: name of the registered feature map; None in a converted layer: window and sinks, nothing far.
         feature_map_options: options of that map.
         window: tokens attended exactly, the query's own included.
         sinks: first tokens attended exactly by all.
@@ -160,7 +160,8 @@ class ConversionPlan:
             heads = f"{layer.heads}/{layer.kv_heads}×{layer.head_dim}" if layer.heads else ""
             how = ("softmax", "", "", "", why)
             if layer.kind == "convert":
-                how = (str(layer.feature_map), str(layer.window), str(layer.sinks), str(layer.decay or "-"), why)
+                becomes = layer.feature_map or "window only"
+                how = (becomes, str(layer.window), str(layer.sinks), str(layer.decay or "-"), why)
             rows.append((str(layer.index), layer.path, layer.attention, heads, *how))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -187,7 +188,8 @@ def plan_model(
     Args:
         model: a transformers model; it is not changed.
         feature_map: a registered name, a :class:`~linattn.feature_maps.FeatureMap` class, or a factory that is called
-            with each layer's plan once, to learn the name and options of the map it returns.
+            with each layer's plan once, to learn the name and options of the map it returns. None leaves the far branch
+            out: a sliding window with sinks, without parameters of its own.
         window: tokens attended exactly. sinks: first tokens attended exactly by all.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
         far_rope: False keeps rotary embedding out of the far branch; see :class:`LayerPlan`. Layers that say they have
@@ -259,7 +261,7 @@ def _fill(
     layer.kind, layer.reason = "convert", ""
     layer.window, layer.sinks, layer.decay = window, sinks, decay
     layer.feature_map_options = dict(options)
-    if isinstance(feature_map, str):
+    if feature_map is None or isinstance(feature_map, str):
         layer.feature_map = feature_map
     elif isinstance(feature_map, type) and issubclass(feature_map, FeatureMap):
         layer.feature_map = feature_map.name
@@ -271,12 +273,15 @@ def _fill(
         layer.feature_map, layer.feature_map_options = built.name, built.options() | layer.feature_map_options
     else:
         raise OptionError(
-            f"feature_map: got {feature_map!r}, expected a registered name, a FeatureMap class or a factory; one "
+            f"feature_map: got {feature_map!r}, expected a registered name, a FeatureMap class, a factory or None; one "
             "instance cannot serve several layers."
         )
     if layer.native_window is not None:
         layer.window = min(window, layer.native_window)
-        layer.notes.append(f"its own sliding window of {layer.native_window} gives way to the far branch")
+        instead = "a window" if layer.feature_map is None else "the far branch"
+        layer.notes.append(f"its own sliding window of {layer.native_window} gives way to {instead}")
+    if layer.feature_map is None:
+        return
     if "seed" in option_names(get(layer.feature_map)):
         layer.feature_map_options.setdefault("seed", layer.index)  # layers that draw alike would err alike
     if issubclass(get(layer.feature_map), SequenceMap):
@@ -319,9 +324,14 @@ def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan
 def _check_layer(layer: LayerPlan) -> None:
     if not layer.supported:
         raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
-    if layer.feature_map is None:
-        raise OptionError(f"{layer.path}: kind='convert' needs a feature_map.")
     _check_options(layer.window, layer.sinks, layer.decay, layer.far_rope, "keep", "error")
+    if layer.feature_map is None:
+        given = {"decay": layer.decay, "far_rope": not layer.far_rope, "feature_map_options": layer.feature_map_options}
+        if named := [name for name, value in given.items() if value]:
+            raise OptionError(f"{layer.path}: feature_map=None leaves out the far branch that {named[0]} is for.")
+        if layer.window < 1:
+            raise OptionError(f"{layer.path}: kind='convert' needs a feature_map, or without one a window ≥ 1.")
+        return
     try:
         built = make(
             layer.feature_map,

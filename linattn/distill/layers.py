@@ -20,8 +20,12 @@ SHORTEST = 8.0
 """Tokens of the shortest half-life that a decay starts with."""
 
 
-def trainable_layers(model: nn.Module) -> dict[str, ConvertedAttention]:
-    """The converted attention modules by the path of the module they serve."""
+def trainable_layers(model: nn.Module, *, far: bool = True) -> dict[str, ConvertedAttention]:
+    """The converted attention modules by the path of the module they serve.
+
+    Args:
+        far: False also takes layers that were converted without a far branch.
+    """
     layers = {
         name.rpartition(".")[0]: module
         for name, module in model.named_modules()
@@ -31,8 +35,13 @@ def trainable_layers(model: nn.Module) -> dict[str, ConvertedAttention]:
         raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")
     if any(not module.causal for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has bidirectional converted layers; the stages are causal.")
-    if any(not module.far for module in layers.values()):
+    if any(not module.far and module.far_bias is not None for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has no far branch to train; leave window_only first.")
+    if far and any(not module.far for module in layers.values()):
+        raise ConversionError(
+            f"{type(model).__name__} has layers without a far branch (feature_map=None), which have nothing to learn "
+            "from their softmax attention; a Logits stage trains the weights around them."
+        )
     return layers
 
 
@@ -84,6 +93,7 @@ def prepare(
     q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
 
     def match() -> None:
+        assert module.far_bias is not None  # of a layer with a far branch
         module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
 
     def error() -> float:

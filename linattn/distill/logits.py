@@ -277,11 +277,11 @@ def _checksum(tokens: Tensor) -> int:
 class Logits(Stage):
     """Forward KL from teacher to student on every token.
 
-    Which parameters train, all in place: ``"maps"``, what conversion added (maps, gates, far biases); ``"lora"``,
-    low-rank updates of the linear layers of the converted attention (Hu et al. 2021, arXiv:2106.09685; in linear
-    conversions: arXiv:2410.10254), merged at the end, which takes peft; ``"attention"``, the converted attention
-    modules; ``"all"``, everything but the embeddings. Distillation of the logits with all weights is stage 3 of
-    arXiv:2408.10189.
+    Which parameters train, all in place: ``"maps"``, what conversion added (maps, gates, far biases; nothing in layers
+    without a far branch); ``"lora"``, low-rank updates of the linear layers of the converted attention (Hu et al. 2021,
+    arXiv:2106.09685; in linear conversions: arXiv:2410.10254), merged at the end, which takes peft; ``"attention"``,
+    the converted attention modules; ``"all"``, everything but the embeddings. Distillation of the logits with all
+    weights is stage 3 of arXiv:2408.10189.
 
     Activation checkpointing that the model has switched on (``gradient_checkpointing_enable``) is used.
 
@@ -326,10 +326,11 @@ class Logits(Stage):
             teacher: the model before conversion, a copy of it, or a :class:`CachedTeacher`.
 
         Raises:
-            ConversionError: ``model`` has no converted causal layer with a far branch.
-            OptionError: there is no teacher, it is the model itself, or its cache is too small.
+            ConversionError: ``model`` has no converted causal layer, or is in ``window_only``.
+            OptionError: there is no teacher, it is the model itself, its cache is too small, or the model has no
+                parameters of those that should train.
         """
-        paths = tuple(f"{path}." for path in trainable_layers(model))
+        paths = tuple(f"{path}." for path in trainable_layers(model, far=False))
         sample = torch.zeros(1, min(16, self.length), dtype=torch.int64, device=next(model.parameters()).device)
         if (teacher is None and self.cross_entropy < 1) or teacher is model:
             raise OptionError(
@@ -371,6 +372,8 @@ class Logits(Stage):
                 or ("attention" in self.train and name.startswith(paths))
                 or ("all" in self.train and id(p) not in embeddings)
             }
+            if not chosen:
+                raise OptionError(f"train: the model has no parameters of {self.train}; it has no far branch.")
             yield Divergences(self, source, model, body, head, chosen)
 
 

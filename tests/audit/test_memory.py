@@ -115,6 +115,20 @@ def test_the_control_is_the_teacher_with_a_sliding_window(llama, windows):
     assert torch.equal(logits(teacher, ids), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_control_is_a_model_of_its_own(llama, windows, dtype):
+    student = convert_model(llama().to(dtype), window=5, sinks=3, decay="fixed", keep_softmax=[0], far_rope=False)
+    plan = equal_bytes_plan(student)
+    assert [(layer.kind, layer.feature_map) for layer in plan.layers] == [("keep", None), ("convert", None)]
+    control, teacher = convert_model(llama().to(dtype), plan=plan), llama().to(dtype)
+    assert state_bytes(control, 77) == state_bytes(control, 77, probe=77)
+    assert state_bytes(control, 77).softmax == state_bytes(student, 77).softmax
+    assert equal_bytes_plan(control) == plan  # its bytes buy itself
+    with equal_bytes_control(teacher, student) as made:
+        assert torch.equal(logits(made, windows()), logits(control, windows()))
+    assert not [name for name, _ in control.named_parameters() if "linattn" in name]
+
+
 def test_at_a_given_length_kept_layers_become_windows_too(llama):
     student = convert_model(llama(), window=5, sinks=3, keep_softmax=[0])
     with equal_bytes_control(llama(), student, length=200) as control:

@@ -167,6 +167,20 @@ def test_every_part_is_what_its_function_measures(llama, text, student):
     ]
 
 
+def test_a_model_without_a_far_branch_is_audited_as_what_it_is(llama, text):
+    model = convert_model(llama(), feature_map=None, window=WINDOW, sinks=SINKS)
+    parts = ["losses", "far_gain", "counterfactual", "telemetry", "cache"]
+    report = audit_model(llama(), model, text[4:], parts=parts, trained_control=model, edges=EDGES)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    for other in ("far_off", "control", "trained_control"):  # its bytes buy its own window
+        assert report["models"][other]["buckets"] == report["models"]["student"]["buckets"]
+    assert report["counterfactual"]["models"]["student"]["beyond_stack"]["mean"] == 0.0
+    for layer in report["telemetry"]["layers"]:
+        assert max(map(abs, layer["far_mass"])) < 1e-9 < 0.1 < min(layer["teacher_far_mass"])
+        assert (layer["effective_rank"], layer["greatest_rank"]) == ([None, None], 0)
+    assert all(check["agree"] == 1.0 for check in report["cache"]["student"])
+
+
 def test_the_far_gain_alone_is_the_same(llama, text, student):
     reports, ids = [], text[4:]
     progress = lambda *each: reports.append(each)  # noqa: E731

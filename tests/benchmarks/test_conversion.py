@@ -25,9 +25,10 @@ def test_variants_differ_from_the_recipe_where_they_say(benchmark: ModuleType) -
     base = found["recipe"]
 
     def changed(name: str) -> list[str]:
-        return [key for key in base if key != "name" and found[name][key] != base[key]]
+        return [key for key in base if key not in ("name", "control") and found[name][key] != base[key]]
 
     assert base["keep"] == 0
+    assert [name for name, config in found.items() if config["control"]] == ["recipe", "4 layers softmax"]
     assert [found[f"{count} layers softmax"]["keep"] for count in (2, 4, 6)] == [2, 4, 6]
     assert changed("4 layers softmax") == ["keep"]
     assert changed("no decay") == changed("decay by data") == changed("rotary embedding far") == ["student"]
@@ -63,6 +64,13 @@ def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, 
     (line,) = [line for line in text.splitlines() if line.startswith("| **4 layers softmax**")]
     losses = [row["losses"]["student"] for row in results["4 layers softmax"]["audit"]]
     assert line.split(" | ")[-2:] == [benchmark.perplexity(losses[0]), benchmark.perplexity(losses[1]) + " |"]
+    for name, result in results.items():
+        for row in result.get("audit", ()):
+            (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} | random, {row['length']} |")]
+            beyond = row["beyond_reach"]
+            told = [benchmark._gain(beyond[over]) for over in ("far_branch", "over_control", "over_trained_control")]
+            assert line.removesuffix(" |").split(" | ")[2:] == told
+    assert text.count("| — equal bytes, no training |") == text.count("| — equal bytes, trained |") == 2
     assert f"Not run: no decay: {results['no decay']['error']}" in text
     assert (tmp_path / "results" / "conversion.png").stat().st_size > 0
 

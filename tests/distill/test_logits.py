@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from linattn import convert_model
 from linattn._heads import body_and_head
-from linattn.distill import CachedTeacher, Logits, Windows, cache_teacher, train
+from linattn.convert import window_only
+from linattn.distill import CachedTeacher, Logits, Transfer, Windows, cache_teacher, train
 from linattn.distill.engine import Batch
 from linattn.distill.logits import chunked_mean, forward_kl, top_k_kl
-from linattn.errors import CheckpointError, OptionError
+from linattn.errors import CheckpointError, ConversionError, OptionError
 
 FAR = {"window": 5, "sinks": 2}
 STAGE = Logits(steps=8, learning_rate=5e-3, rows=2, length=40)
@@ -133,6 +134,37 @@ def test_the_divergence_falls_and_only_the_chosen_parameters_change(llama, token
     with torch.no_grad():
         final = forward_kl(model(batch.tokens).logits.flatten(0, 1), teacher(batch.tokens).logits.flatten(0, 1)).mean()
     assert math.isclose(final, losses[-1], rel_tol=0.05)  # updates are merged
+
+
+@pytest.mark.parametrize(
+    "parts", [("maps", "attention"), ("maps", "lora"), ("lora",), ("attention",), ("all",)], ids="+".join
+)
+def test_a_window_without_a_far_branch_learns_what_it_has(llama, tokens_file, parts):
+    if "lora" in parts:
+        pytest.importorskip("peft")
+    teacher = llama()
+    model = convert_model(copy.deepcopy(teacher), feature_map=None, keep_softmax=[1], **FAR)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    batch = Windows(tokens_file, 40).batches(2)(0)
+    stage = dataclasses.replace(STAGE, train=parts, steps=15, learning_rate=3e-4, maps_factor=10.0)
+    with stage.objective(model, teacher) as objective:
+        losses = train(model, objective, lambda index: batch, stage).losses
+    assert losses[-1] < 0.97 * losses[0]
+    attention = {f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkvo"}
+    every = before.keys() - {"model.embed_tokens.weight", "lm_head.weight"}
+    assert change(model, before) == (every if parts == ("all",) else attention)
+
+
+def test_a_window_without_a_far_branch_has_no_maps_to_train(llama):
+    model = convert_model(llama(), feature_map=None, **FAR)
+    maps = dataclasses.replace(STAGE, train=("maps",))
+    with pytest.raises(OptionError, match="no parameters of \\('maps',\\)"), maps.objective(model, llama()):
+        pass
+    with pytest.raises(ConversionError, match="nothing to learn"), Transfer(steps=1).objective(model, None):
+        pass
+    switched = convert_model(llama(), **FAR)
+    with window_only(switched), pytest.raises(ConversionError, match="window_only"), STAGE.objective(switched, llama()):
+        pass
 
 
 def test_an_exception_drops_low_rank_updates(llama, tokens_file):

@@ -15,6 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import linattn
+from linattn.audit import by_position, equal_bytes_plan, token_losses
+from linattn.distill import Windows
+from linattn.distill import logits as logits_module
 from linattn.distill import transfer as transfer_module
 from linattn.errors import OptionError
 
@@ -109,6 +112,82 @@ def test_a_stopped_run_goes_on_to_the_same_model(recipe, tiny, files, tmp_path, 
         recipe.main(command(tiny, files, tmp_path / "again", other))
 
 
+WITH_CONTROL = CONFIG | {"control": True, "audit": {"lengths": [40], "windows": 3}}
+
+
+def test_the_control_is_a_window_of_equal_bytes_trained_alike(recipe, tiny, files, tmp_path, monkeypatch):
+    teacher, tokenizer = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    data = recipe.tokens_of(files["train"], tmp_path, tokenizer)
+    inputs = {"train_data": data, "dev_data": files["dev"], "audits": {"held": files["dev"]}, "log": lambda line: None}
+    seen: list[tuple[str, bytes]] = []
+    call = logits_module.Divergences.__call__
+
+    def reading(self, batch):
+        if not batch.held_out:
+            kind = "student" if any(".linattn." in name for name in self.parameters) else "control"
+            seen.append((kind, batch.tokens.numpy().tobytes()))
+        return call(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logits_module.Divergences, "__call__", reading)
+        result = recipe.run(WITH_CONTROL, teacher, out=tmp_path / "a", **inputs)
+    student, control = ([tokens for who, tokens in seen if who == kind] for kind in ("student", "control"))
+    assert len(student) == 4
+    assert control == student
+    (stage,) = result["control"]["stages"]
+    assert stage["options"] == result["stages"][1]["options"]
+    assert stage["tokens"] == result["stages"][1]["tokens"]
+
+    model, made = linattn.load(tmp_path / "a" / "model"), linattn.load(tmp_path / "a" / "control" / "model").eval()
+    assert made.config.linattn == equal_bytes_plan(model).to_dict()
+    assert [layer["kind"] for layer in made.config.linattn["layers"]] == [
+        "keep" if i in result["kept"] else "convert" for i in range(3)
+    ]
+    trained = {name for name, t in made.state_dict().items() if not torch.equal(t, teacher.state_dict()[name])}
+    paths = tuple(f"model.layers.{i}.self_attn." for i in range(3) if i not in result["kept"])
+    assert {name for name in teacher.state_dict() if name.startswith(paths)} == trained
+
+    (row,) = result["audit"]
+    assert {"teacher", "student", "far_off", "control", "trained_control"} <= row["losses"].keys()
+    assert row["by_position"].keys() == row["losses"].keys()
+    windows = Windows(files["dev"], 40, seed=None)
+    losses = token_losses(made, torch.stack([windows[i] for i in range(3)]))
+    assert row["by_position"]["trained_control"] == by_position(losses).as_dict()["buckets"]
+    assert row["losses"]["trained_control"] == pytest.approx(losses.mean().item())
+    assert row["losses"]["trained_control"] != row["losses"]["control"]
+    assert {"over_control", "over_trained_control"} <= row["beyond_reach"].keys()
+    assert row["bytes"]["trained_control"] == row["bytes"]["control"]
+    assert row["bytes"]["control"]["total"] <= row["bytes"]["student"]["total"]
+
+    def breaking(self, batch):
+        if batch.step == 3 and not any(".linattn." in name for name in self.parameters):
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logits_module.Divergences, "__call__", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(WITH_CONTROL, teacher, out=tmp_path / "b", **inputs)
+    again = recipe.run(WITH_CONTROL, teacher, out=tmp_path / "b", **inputs)
+    assert again["audit"] == result["audit"]
+
+
+def test_a_control_can_come_later_and_be_trained_by_stages_of_its_own(recipe, tiny, files, tmp_path):
+    teacher, _ = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    inputs = {"train_data": files["dev"], "audits": {"held": files["dev"]}, "log": lambda line: None}
+    without = recipe.run(WITH_CONTROL | {"control": False}, teacher, out=tmp_path / "a", **inputs)
+    assert without["control"] is None
+    assert "trained_control" not in without["audit"][0]["losses"]
+    own = [{"kind": "logits", "steps": 2, "train": ["all"], "length": 24, "rows": 1}]
+    result = recipe.run(WITH_CONTROL | {"control": own}, teacher, out=tmp_path / "a", **inputs)
+    assert [stage["tokens"] for stage in result["control"]["stages"]] == [2 * 24]
+    (before,), (after,) = without["audit"], result["audit"]
+    assert {name: after["losses"][name] for name in before["losses"]} == before["losses"]
+    assert "trained_control" in after["losses"]
+    with pytest.raises(OptionError, match="other control"):
+        recipe.run(WITH_CONTROL, teacher, out=tmp_path / "a", **inputs)
+
+
 def test_minutes_become_steps_once_and_leave_the_student_as_it_was(recipe, tiny, files, tmp_path, monkeypatch):
     teacher, tokenizer = recipe.load_teacher(str(tiny), torch.float32, "cpu")
     student = linattn.convert_model(recipe.copy.deepcopy(teacher), **CONFIG["student"])
@@ -160,6 +239,10 @@ def test_a_converted_student_and_layers_by_name(recipe, tiny, files, tmp_path):
         ({"stagse": []}, "has no stagse"),
         ({"audit": {"length": 3}}, "audit has no length"),
         ({"keep": {"number": 3}}, "keep has no number"),
+        ({"control": 3}, "control is 3"),
+        ({"control": True, "stages": CONFIG["stages"][:1]}, "control takes stages of logits"),
+        ({"control": CONFIG["stages"]}, "control takes stages of logits"),
+        ({"control": [{"kind": "logits", "steps": 1, "train": ["maps"]}]}, "control has no maps"),
         ({"stages": [{"kind": "transfer"}]}, "either steps or minutes"),
         ({"stages": [{"kind": "transfer", "steps": 3, "minutes": 3}]}, "either steps or minutes"),
     ],
