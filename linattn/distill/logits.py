@@ -348,10 +348,10 @@ class Logits(Stage):
 
     Windows too long for one pass are read in pieces of ``segment`` tokens, each from the model's own cache and with a
     backward pass of its own: truncated back-propagation through time (Williams & Peng 1990). The loss of a step is that
-    of whole windows; its gradient is that of a memory which is a constant at the start of each piece. What stands in
-    memory is one piece, the states of converted layers, and the keys and values of layers kept softmax, which alone
-    grow with ``length``. A teacher trained on shorter texts is asked with ``teacher_context``, which bounds what it
-    takes too.
+    of whole windows; its gradient is that of a memory which is a constant at the start of each piece. What the student
+    takes is one piece, the states of converted layers, and the keys and values of layers kept softmax, which alone grow
+    with ``length``. A teacher trained on shorter texts is asked with ``teacher_context``, which bounds what it takes,
+    too.
 
     Attributes:
         train: one or more of these.

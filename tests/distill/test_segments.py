@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from linattn import convert_model
@@ -49,16 +50,30 @@ def loss_and_gradients(model: nn.Module, teacher: Any, stage: Logits, tokens: Te
     return loss, found
 
 
-@pytest.mark.parametrize("segment", [7, 20, 25, 60, 100])
+@pytest.mark.parametrize("segment", [7, 25, 100])
 @pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
 def test_the_loss_is_that_of_whole_windows(llama, student, segment):
     teacher = llama().double()
     model = convert_model(copy.deepcopy(teacher), **FAR, **student)
-    for weight in (0.0, 0.3):
-        whole = dataclasses.replace(WHOLE, cross_entropy=weight)
-        want, _ = loss_and_gradients(model, teacher, whole, ids())
-        got, _ = loss_and_gradients(model, teacher, dataclasses.replace(whole, segment=segment), ids())
-        assert math.isclose(got, want, rel_tol=1e-6)  # the loss of a token is float32
+    whole = dataclasses.replace(WHOLE, cross_entropy=0.3)
+    want, _ = loss_and_gradients(model, teacher, whole, ids())
+    got, _ = loss_and_gradients(model, teacher, dataclasses.replace(whole, segment=segment), ids())
+    assert math.isclose(got, want, rel_tol=1e-6)  # the loss of a token is float32
+
+
+def test_softcaps_sliding_windows_and_low_rank_updates():
+    pytest.importorskip("peft")
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 9, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    teacher = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).eval()
+    model = convert_model(copy.deepcopy(teacher), **FAR)
+    assert {layer["kind"] for layer in model.config.linattn["layers"]} == {"convert", "keep"}
+    whole = dataclasses.replace(WHOLE, train=("maps", "lora"), cross_entropy=0.5)
+    want, _ = loss_and_gradients(model, teacher, whole, ids())
+    got, found = loss_and_gradients(model, teacher, dataclasses.replace(whole, segment=16), ids())
+    assert math.isclose(got, want, rel_tol=1e-5)
+    assert any(".lora_" in name and grad is not None and grad.abs().max() > 0 for name, grad in found.items())
 
 
 # ----------------------------------------------------------------------------------------------- an own reference
@@ -141,7 +156,7 @@ def truncated(model: nn.Module, teacher: nn.Module, tokens: Tensor, segment: int
     return found
 
 
-@pytest.mark.parametrize("segment", [7, 25, 60])
+@pytest.mark.parametrize("segment", [7, 25])
 @pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS)
 def test_gradients_are_those_of_truncated_back_propagation(llama, student, segment, monkeypatch):
     monkeypatch.setattr(logits_module, "forward_kl", exact_kl)
@@ -156,7 +171,7 @@ def test_gradients_are_those_of_truncated_back_propagation(llama, student, segme
         scale = want[name].abs().max()
         torch.testing.assert_close(mine, want[name], rtol=0, atol=EPS * scale, msg=lambda s, n=name: f"{n}: {s}")
         distance = max(distance, float((whole[name] - want[name]).abs().max() / scale))
-    assert (distance > 1e-2) == (segment < LENGTH)  # truncation is no rounding
+    assert distance > 1e-2  # truncation is no rounding
 
 
 def test_the_divergence_falls(llama):
