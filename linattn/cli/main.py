@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from linattn.kernels.triton.tune import Trial, Tuned
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
+WINDOWS = ("length", "seed", "temperature", "segment", "teacher_context")
+"""Options of a stage of logits that a cache of its teacher must share."""
 AUDIT_PARTS = ("losses", "far_gain", "counterfactual", "telemetry", "cache", "recall", "speed")
 
 
@@ -526,6 +528,11 @@ def cache_teacher(
     length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the windows' order; the stage's.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax; the stage's.")] = 1.0,
+    segment: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Of a piece; the stage's.")] = 0,
+    teacher_context: Annotated[
+        int,
+        typer.Option(min=0, metavar="TOKENS", help="Read up to a piece's end; 0, all of a window; the stage's."),
+    ] = 0,
     k: Annotated[int, typer.Option(min=1, help="Likeliest tokens kept of each prediction.")] = 64,
     dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
@@ -541,7 +548,7 @@ def cache_teacher(
     """
     source = Source.find(model)
     _refuse_full(out, force)
-    if stages is not None and (given := _given(ctx, "windows", "length", "seed", "temperature")):
+    if stages is not None and (given := _given(ctx, "windows", *WINDOWS)):
         raise typer.BadParameter(f"{', '.join(given)}: the stages settle that already.")
     with _progress() as step, step(f"Loading {model}"):
         from linattn.distill import Logits, Windows, read_stages
@@ -549,17 +556,18 @@ def cache_teacher(
 
         if stages is not None:
             read = [stage for stage in read_stages(stages) if isinstance(stage, Logits)]
-            if len({(stage.length, stage.seed, stage.temperature) for stage in read}) != 1:
+            settled = {tuple(getattr(stage, name) for name in WINDOWS) for stage in read}
+            if len(settled) != 1:
                 raise OptionError(
-                    f"{stages}: {len(read)} stages of logits; expected one, or several of one length, seed and "
-                    "temperature."
+                    f"{stages}: {len(read)} stages of logits; expected one, or several of one {', '.join(WINDOWS)}."
                 )
-            length, seed, temperature = read[0].length, read[0].seed, read[0].temperature
+            length, seed, temperature, segment, teacher_context = settled.pop()
             windows = max(stage.steps * stage.accumulate * stage.rows for stage in read)
         cut = Windows(data, length, seed=seed)
         loaded = _loaded(source, dtype, _device(device))
     with _count("Caching") as watch:
-        write(loaded, cut, windows=windows, k=k, out=out, temperature=temperature, progress=watch)
+        how: dict[str, Any] = {"temperature": temperature, "segment": segment, "teacher_context": teacher_context}
+        write(loaded, cut, windows=windows, k=k, out=out, progress=watch, **how)
     typer.echo(f"{out}: {windows:,} windows of {length:,} tokens, {k} predictions each")
 
 
