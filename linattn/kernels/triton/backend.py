@@ -66,6 +66,8 @@ def refusal(call: Call) -> str | None:
         wrong = miscompiled(triton.__version__, _capability(call.q.device.index or 0))
         if wrong:
             return wrong
+    if call.q_sink is not None:
+        return "sinks meet the same queries as the window here (q_sink)"
     if call.q.dtype == torch.float64:
         return "float64 is the reference's; use float32, float16 or bfloat16"
     if call.feature_dim > MOST_FEATURES:
