@@ -161,11 +161,13 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     if length is not None and length < 1:
         raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1.")
     budget, sinks = _linear_bytes(student), max(layer.sinks for layer in converted_layers(student))
+    distances = {layer.sink_distance for layer in converted_layers(student)}
     plan = ConversionPlan.from_dict(student.config.linattn)
     dtype = converted_layers(student)[0].far_bias.dtype
     for layer in plan.kept if length else ():
         if layer.supported and layer.native_window is None:
             layer.kind, layer.reason, layer.sinks = "convert", "", sinks
+            layer.sink_distance = max((d for d in distances if d is not None), default=None)
             budget += 2 * layer.kv_heads * layer.head_dim * dtype.itemsize * (length or 0)
 
     def size(window: int) -> int:
