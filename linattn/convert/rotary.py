@@ -73,7 +73,8 @@ class Rotation:
     def back(self, q: Tensor, tokens: Tensor) -> Tensor:
         """Queries ``[B, T, H, D]`` as they would be so many ``tokens [B | 1, T]`` earlier; where 0, the same bits."""
         assert self.angles is not None
-        cos, sin = self.angles(q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32)), tokens)
+        like = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+        cos, sin = (x.to(q.device) for x in self.angles(like, tokens))
         size = torch.rsqrt(cos.square() + sin.square())
         turned = self._turn(q, q[:, :, :0], cos * size, -sin * size)[0]
         return torch.where(tokens[..., None, None] > 0, turned, q)
