@@ -119,6 +119,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
     shutil.copy(saved / "config.json", bare)
     file = tmp_path / "plan.json"
     options = ("--feature-map", "elu", "--window", 7, "--keep-layers", "0,2-2", "--decay", "fixed", "--no-far-rope")
+    options += ("--sink-distance", 63)
     text = cli("plan", bare, *options, "--output", file).stdout
     expected = linattn.plan_model(
         transformers.LlamaForCausalLM.from_pretrained(saved),
@@ -127,6 +128,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
         keep_softmax=(0, 2),
         decay="fixed",
         far_rope=False,
+        sink_distance=63,
     )
     assert text == f"{expected}\n"
     assert linattn.ConversionPlan.load(file) == expected

@@ -105,6 +105,9 @@ DecayOption = Annotated[Decay, typer.Option(help="Forgetting in the far branch: 
 FarRope = Annotated[
     bool, typer.Option(help="Whether the far branch reads queries and keys after rotary embedding, or before it.")
 ]
+SinkDistance = Annotated[
+    int | None, typer.Option(help="Tokens of rotary distance that sinks keep at most; default, any.", min=1)
+]
 KeepLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Attention layers left softmax, by index: 0,5,10-12."),
@@ -122,6 +125,7 @@ PLAN_OPTIONS = (
     "sinks",
     "decay",
     "far_rope",
+    "sink_distance",
     "keep_layers",
     "native_sliding",
     "keep_unsupported",
@@ -137,6 +141,7 @@ def plan(
     sinks: Sinks = 4,
     decay: DecayOption = Decay.none,
     far_rope: FarRope = True,
+    sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
@@ -157,7 +162,16 @@ def plan(
     """
     source = Source.find(model)
     options = _plan_options(
-        feature_map, map_option, window, sinks, decay, far_rope, keep_layers, native_sliding, keep_unsupported
+        feature_map,
+        map_option,
+        window,
+        sinks,
+        decay,
+        far_rope,
+        sink_distance,
+        keep_layers,
+        native_sliding,
+        keep_unsupported,
     )
     with _progress() as step, step(f"Reading {model}"):
         from linattn.convert import plan_model
@@ -179,6 +193,7 @@ def convert(
     sinks: Sinks = 4,
     decay: DecayOption = Decay.none,
     far_rope: FarRope = True,
+    sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
@@ -204,7 +219,16 @@ def convert(
     """
     source = Source.find(model)
     options = _plan_options(
-        feature_map, map_option, window, sinks, decay, far_rope, keep_layers, native_sliding, keep_unsupported
+        feature_map,
+        map_option,
+        window,
+        sinks,
+        decay,
+        far_rope,
+        sink_distance,
+        keep_layers,
+        native_sliding,
+        keep_unsupported,
     )
     if plan is not None:
         _refuse_beside_plan(ctx)
@@ -784,6 +808,7 @@ def _plan_options(
     sinks: int,
     decay: Decay,
     far_rope: bool,
+    sink_distance: int | None,
     keep_layers: str | None,
     native_sliding: Sliding,
     keep_unsupported: bool,
@@ -796,6 +821,7 @@ def _plan_options(
         "sinks": sinks,
         "decay": None if decay is Decay.none else decay.value,
         "far_rope": far_rope,
+        "sink_distance": sink_distance,
         "keep_softmax": _indices(keep_layers or ""),
         "native_sliding": native_sliding.value,
         "on_unsupported": "keep" if keep_unsupported else "error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -78,6 +79,11 @@ class LinattnCacheLayer(CacheLayerMixin):
     def lookback(self) -> int:
         """Tokens the next state must be able to take back."""
         return self._retractable if self.record_past else 0
+
+    @property
+    def most_seen(self) -> float:
+        """Tokens of a sequence at most, padding included; inf in a compiled graph, in which they are no number."""
+        return math.inf if torch.compiler.is_compiling() else int(self.seen)
 
     def fetch(self, tokens: int, device: torch.device) -> AttentionState | None:
         """The state before the ``tokens`` that :meth:`update` has just counted, on ``device``.

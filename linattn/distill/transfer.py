@@ -138,6 +138,12 @@ class LayerErrors(Objective):
                     loss = relative_error(_far_alone(module, q, k, v, options), split.out)
                     found = {"without_window": loss}
                 elif self.split and module.window + module.sinks:
+                    if module.moves_sinks(q.shape[1]):
+                        raise OptionError(
+                            f"sink_distance={module.sink_distance}: far_weight and mass_weight take window and sinks "
+                            f"from softmax attention, whose sinks keep their distance in {q.shape[1]} tokens; train "
+                            "shorter sequences, or set both to 0."
+                        )
                     near = split
                     if module.native_window is not None and module.sinks:  # which sees sinks that softmax did not
                         near = exact(module, q, k, v, options, native_window=None)

@@ -170,6 +170,13 @@ def test_a_layer_without_a_window_has_one_error(llama, tokens_file):
     assert seen["loss"][-1] < 0.9 * seen["loss"][0]
 
 
+def test_sinks_at_a_distance_that_softmax_does_not_have_are_refused(llama, tokens_file):
+    model = convert_model(llama(), **FAR, sink_distance=38)
+    with pytest.raises(OptionError, match=r"sink_distance=38: .* 40 tokens"):
+        run(model, tokens_file)
+    assert list(run(model, tokens_file, far_weight=0.0, mass_weight=0.0)) == ["loss", "hybrid"]
+
+
 def test_half_precision_learns_as_single_does(llama, tokens_file):
     half, single = (run(convert_model(llama(9.0).to(x), **FAR), tokens_file) for x in (torch.bfloat16, torch.float32))
     for name in ("hybrid", "far", "mass"):
