@@ -23,6 +23,7 @@ from linattn.convert import (
     prepare_cache,
     revert_model,
 )
+from linattn.convert.cache import POSITION
 from linattn.errors import OptionError, StateError
 from linattn.state import AttentionState
 
@@ -126,10 +127,8 @@ def read_into(model: PreTrainedModel, cache: Cache, ids: Tensor) -> None:
 @torch.no_grad()
 def _measured(model: PreTrainedModel, probe: int) -> _Growth:
     """How the cache of ``model`` grows, from what it holds after ``probe`` tokens, checked against the formula."""
-    cache = empty_cache(model)
-    device = next(model.parameters()).device
-    with evaluating(model):
-        model(torch.zeros(1, probe, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
+    _settle(model)
+    cache = _probed(model, probe)
     per_token: list[tuple[int, int | None]] = []
     layer: Any
     for layer in cache.layers:
@@ -206,8 +205,25 @@ def equal_bytes_control(
         revert_model(control)
 
 
-def _linear_bytes(model: nn.Module) -> int:
+@torch.no_grad()
+def _probed(model: PreTrainedModel, tokens: int) -> Cache:
+    """What the cache of ``model`` holds after so many tokens."""
+    cache = empty_cache(model)
+    device = next(model.parameters()).device
+    with evaluating(model):
+        model(torch.zeros(1, tokens, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """Have every converted layer know what its states hold: where only its first call can tell, by calling it."""
+    if any(isinstance(layer, ConvertedAttention) and layer.keeps_far_keys is None for layer in model.modules()):
+        _probed(model, PROBE)
+
+
+def _linear_bytes(model: PreTrainedModel) -> int:
     """Bytes of the states of the converted layers, by formula."""
+    _settle(model)
     total = 0
     for layer in converted_layers(model):
         phi = layer.feature_map
@@ -218,11 +234,13 @@ def _linear_bytes(model: nn.Module) -> int:
             head_dim=phi.head_dim,
             window=layer.window,
             sinks=layer.sinks,
-            far_head_dim=phi.head_dim if layer.far and not layer.far_rope else None,
+            far_head_dim=phi.head_dim if layer.far and layer.keeps_far_keys else None,
             decay=layer.far and layer.decay is not None,
             dtype=_dtype(model, layer),
             device="meta",
         ).nbytes
+        if layer.far and not layer.far_rope and not layer.keeps_far_keys:
+            total += layer.window * POSITION.itemsize
     return total
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -20,6 +22,8 @@ from linattn.state import AttentionState
 
 MAX_LOOKBACK = 512
 """Tokens that stay retractable while a cache records its past: an upper bound on a draft of assisted decoding."""
+POSITION = torch.int32
+"""Dtype of the ring's positions."""
 
 
 class LinattnCacheLayer(CacheLayerMixin):
@@ -31,6 +35,8 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     Attributes:
         state: the memory, or None before the first token.
+        positions: ``[N, W]`` int32, the rotary positions of the state's ring, where the layer turns its keys back
+            instead of holding them before rotary embedding too; else None.
         seen: 0-dim int64 on the CPU, tokens seen including padding.
         record_past: keep recent tokens retractable until the next :meth:`crop`.
     """
@@ -43,6 +49,7 @@ class LinattnCacheLayer(CacheLayerMixin):
     def __init__(self, record_past: bool = False) -> None:
         super().__init__()
         self.state: AttentionState | None = None
+        self.positions: Tensor | None = None
         self.seen = torch.zeros((), dtype=torch.int64)
         self.record_past = record_past
         self.device: torch.device | None = None
@@ -57,8 +64,9 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state: the same after 100 and after 100,000 tokens."""
-        return 0 if self.state is None else self.state.nbytes
+        """Bytes of the state and its positions: the same after 100 and after 100,000 tokens."""
+        positions = 0 if self.positions is None else self.positions.numel() * self.positions.element_size()
+        return 0 if self.state is None else self.state.nbytes + positions
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device = key_states.device
@@ -100,9 +108,33 @@ class LinattnCacheLayer(CacheLayerMixin):
             )
         return None if self.state is None else self.state.to(device)
 
-    def commit(self, state: AttentionState) -> None:
-        """Store the state after the newest token; where the cache offloads, away from the accelerator."""
+    def commit(self, state: AttentionState, positions: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Store the state after the newest token; where the cache offloads, away from the accelerator.
+
+        Args:
+            positions: ``[N | 1, T]`` of the new tokens, where those of the ring are to be known.
+            mask: ``[N, T]`` bool, True for real ones.
+        """
         self.state = state.to("cpu") if self._offloaded else state
+        held = None if positions is None else self._ring_positions(state, positions.to(POSITION), mask)
+        self.positions = held.to("cpu") if held is not None and self._offloaded else held
+
+    def _ring_positions(self, state: AttentionState, positions: Tensor, mask: Tensor | None) -> Tensor:
+        held, ring = positions.expand(state.batch_size, -1), state.recent_k.shape[1]
+        if self.positions is not None:
+            held = torch.cat([self.positions.to(held.device), held], 1)
+        if mask is not None:
+            old = mask.new_ones(len(mask), held.shape[1] - mask.shape[1])
+            held = held.gather(1, torch.cat([old, mask], 1).long().argsort(dim=1, stable=True))  # real tokens last
+        held = F.pad(held, [max(ring - held.shape[1], 0), 0])
+        return held[:, held.shape[1] - ring :].clone()
+
+    def _each_tensor(self, state: Callable[[AttentionState], AttentionState], ring: Callable[[Tensor], Tensor]) -> None:
+        """Change the memory: the state by ``state``, its positions by ``ring``."""
+        if self.state is not None:
+            self.state = state(self.state)
+        if self.positions is not None:
+            self.positions = ring(self.positions)
 
     def get_seq_length(self) -> int:
         if torch.compiler.is_compiling():
@@ -117,15 +149,14 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         self._offloaded = True
-        if self.state is not None:
-            self.state = self.state.to("cpu")
+        self._each_tensor(lambda state: state.to("cpu"), lambda ring: ring.to("cpu"))
 
     def prefetch(self) -> None:
-        if self.state is not None and self.device is not None:
-            self.state = self.state.to(self.device)
+        if (device := self.device) is not None:
+            self._each_tensor(lambda state: state.to(device), lambda ring: ring.to(device))
 
     def reset(self) -> None:
-        self.state = None
+        self.state = self.positions = None
         self.is_initialized = False
         self.seen = torch.zeros_like(self.seen)
         self._retractable = self._arrived = 0
@@ -148,21 +179,22 @@ class LinattnCacheLayer(CacheLayerMixin):
         self._retractable = 0
         if tokens_to_remove == 0 or self.state is None:
             return
-        self.state = self.state.rollback(-tokens_to_remove)
+        back = -tokens_to_remove
+        self._each_tensor(lambda state: state.rollback(back), lambda ring: F.pad(ring, [back, -back]))
         self.seen = self.seen + tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is not None:
-            if indices.dtype == torch.bool:
-                indices = indices.nonzero().flatten()
-            self.state = self.state.select(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._each_tensor(
+            lambda state: state.select(indices), lambda ring: ring.index_select(0, indices.to(ring.device))
+        )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = self.state.repeat(repeats)
+        self._each_tensor(lambda state: state.repeat(repeats), lambda ring: ring.repeat_interleave(repeats, dim=0))
 
 
 def decoder_cache(cache: Cache) -> Cache:

@@ -9,6 +9,7 @@ embedding, which the attention function would not see otherwise.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from linattn.attention import starting_log_half_lives
 from linattn.convert.cache import LinattnCacheLayer, adopt
 from linattn.convert.plan import LayerPlan
-from linattn.convert.rotary import FAR_ROPE, PROBE_ATTRIBUTE, SINK_DISTANCE, Rotation, Seen, rotation_of
+from linattn.convert.rotary import (
+    FAR_ROPE,
+    PROBE_ATTRIBUTE,
+    SINK_DISTANCE,
+    TURNS_ATTRIBUTE,
+    Rotation,
+    Seen,
+    angles_hold,
+    rotation_of,
+)
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
 from linattn.feature_maps import SequenceMap, make
 from linattn.kernels import kernel_attention
@@ -60,6 +70,9 @@ class ConvertedAttention(nn.Module):
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
         far_rope: False where the far branch reads queries and keys before rotary embedding.
         sink_distance: tokens of rotary distance that sinks behind the window keep at most, or None.
+        keeps_far_keys: whether the state in a cache holds the window's keys before rotary embedding beside those after
+            it. With ``far_rope=False`` they are turned back as they leave the window where the model's rotary module
+            is known to make their angles; None until the layer's first call has told.
     """
 
     far_bias: nn.Parameter | None
@@ -72,6 +85,7 @@ class ConvertedAttention(nn.Module):
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
         self.sink_distance = layer.sink_distance
         self.far = layer.feature_map is not None
+        self.keeps_far_keys: bool | None = self.far and not self.far_rope
         self.feature_map = make(
             layer.feature_map or PLAIN,
             layer.head_dim,
@@ -223,6 +237,17 @@ class ConvertedAttention(nn.Module):
             q_far, k_far = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (q_far, k_far))
             mask = None if mask is None else mask.reshape(1, -1)
         state = None if cache_layer is None else cache_layer.fetch(shape[1], q.device)
+        turns_back = False
+        if cache_layer is not None and k_far is not None:
+            turns_back = self.keeps_far_keys is False if state is None else state.recent_far_k is None
+            if turns_back and (rotation is None or rotation.positions is None):
+                raise ConversionError(
+                    f"{FAR_ROPE[0]}: the layer was called without position_ids [B, T] beside its angles, which a cache "
+                    "without the window's keys before rotary embedding needs; pass them, or use_cache=False."
+                )
+            if state is not None and turns_back and cache_layer.positions is not None:
+                assert rotation is not None
+                state = _with_far_keys(state, cache_layer.positions, rotation, shape[1])
         q_sink = None
         if self.moves_sinks(shape[1] if cache_layer is None else cache_layer.most_seen):
             q_sink = self.sink_queries(q, rotation, mask=mask, cu_seqlens=cu_seqlens, state=state)
@@ -250,13 +275,25 @@ class ConvertedAttention(nn.Module):
             lookback=0 if cache_layer is None else cache_layer.lookback,
         )
         if cache_layer is not None and result.state is not None:
-            cache_layer.commit(result.state)
+            if turns_back:
+                assert rotation is not None
+                after = dataclasses.replace(result.state, recent_far_k=None)
+                cache_layer.commit(after, rotation.positions, mask)
+            else:
+                cache_layer.commit(result.state)
         return result.out.reshape(*shape[:-1], v.shape[-1])
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
         parts += [f"far_rope={self.far_rope}"]
         return ", ".join(parts if self.sink_distance is None else [*parts, f"sink_distance={self.sink_distance}"])
+
+
+def _with_far_keys(state: AttentionState, positions: Tensor, rotation: Rotation, tokens: int) -> AttentionState:
+    """The state with its ring's keys before rotary embedding: those that may be read as far, and zeros for the rest."""
+    ring, far = state.recent_k.shape[1], min(state.lookback + tokens, state.recent_k.shape[1])
+    keys = rotation.undo_at(state.recent_k[:, :far], positions[:, :far].to(state.recent_k.device))
+    return dataclasses.replace(state, recent_far_k=nn.functional.pad(keys, [0, 0, 0, 0, 0, ring - far]))
 
 
 def _without_rotation(option: str, remedy: str) -> ConversionError:
@@ -572,7 +609,20 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     converted: Any = module._modules[NAME]
     if not converted.far_rope or converted.sink_distance is not None:
         asked = SINK_DISTANCE if converted.far_rope else FAR_ROPE
-        module.__dict__[ROTATION_ATTRIBUTE] = rotation_of(module, args, kwargs, asked)
+        first = TURNS_ATTRIBUTE not in module.__dict__
+        rotation = rotation_of(module, args, kwargs, asked, with_angles=converted.sink_distance is not None)
+        if converted.keeps_far_keys is None and (first or not torch.compiler.is_compiling()):
+            _settle_far_keys(converted, rotation)
+        module.__dict__[ROTATION_ATTRIBUTE] = rotation
+
+
+@torch.compiler.disable
+def _settle_far_keys(converted: nn.Module, rotation: Rotation) -> None:
+    """Let the first call that can tell say whether the layer turns the keys of its window back."""
+    hold = angles_hold(rotation)
+    for layer in converted.modules() if hold is not None else ():
+        if isinstance(layer, ConvertedAttention):
+            layer.keeps_far_keys = not hold
 
 
 AttentionInterface.register(NAME, attention_forward)

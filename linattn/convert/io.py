@@ -20,6 +20,8 @@ from linattn.errors import CheckpointError, StateError
 from linattn.state import AttentionState
 
 STATE_FORMAT = "linattn-state-1"
+POSITIONS = "positions"
+"""Name of a ring's positions beside the tensors of its state."""
 
 
 def load(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -85,6 +87,7 @@ def save_state(cache: Cache, path: str | PathLike[str]) -> None:
         if isinstance(layer, LinattnCacheLayer):
             state = layer.state
             held = {} if state is None else state.tensors()
+            held |= {} if layer.positions is None else {POSITIONS: layer.positions}
             entry["window"] = 0 if state is None else state.window
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             held = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
@@ -124,6 +127,7 @@ def _load_layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -
     if entry["type"] == LinattnCacheLayer.__name__:
         layer = LinattnCacheLayer()
         if held:
+            layer.positions = held.pop(POSITIONS, None)
             layer.state = AttentionState(**held, window=entry["window"])
             layer.lazy_initialization(layer.state.kv, layer.state.kv)
             layer.seen = torch.tensor(entry["length"], dtype=torch.int64)

@@ -3,7 +3,7 @@
 The inverse of an embedding is the family's own function with the angles negated, whatever its convention: halves or
 pairs, all of a head or a part of it, scaled or not. That a module's queries and keys are what this inverts, and nothing
 that comes after it, is tried out on the module itself before its first call. The angles by which queries are turned
-back some tokens are those that the model's own rotary module makes.
+back some tokens, and the keys of a window as they leave it, are those that the model's own rotary module makes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_ATTRIBUTE = "_linattn_probe"
 TURNS_ATTRIBUTE = "_linattn_turns"
 """Set on an attention module by :func:`verify`: whether it embeds at all; some layers of some families do not."""
 ROTARY_ATTRIBUTE = "_linattn_rotary"
-"""Holds the module that makes the angles of an attention module, where sinks keep a bounded distance."""
+"""Holds the module that makes the angles of an attention module, where angles of other tokens are asked for."""
 PROBE = 5
 """Tokens that a module is tried with."""
 
@@ -57,7 +57,11 @@ class Rotation:
     size: int | None = None
     angles: Callable[..., tuple[Tensor, Tensor]] | None = None
     """Cosines and sines ``[B, T, R]``, in the dtype of its first argument, at positions ``[B, T]``; None where nobody
-    asked for them, or nothing is embedded."""
+    asked for them, they are not known, or nothing is embedded."""
+    positions: Tensor | None = None
+    """``[B | 1, T]`` positions of the call's tokens, None where they are not told."""
+    turns: bool = True
+    """Whether anything is embedded."""
 
     def undo(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[B, T, H, D]`` and keys ``[B, T, Hkv, D]`` before the embedding; computed in float32 at least.
@@ -65,8 +69,27 @@ class Rotation:
         With x ↦ a R(θ) x the embedding, its inverse is x ↦ a⁻¹ R(−θ) x: cosines and sines over a² = cos² + sin². It
         undoes the rounding of cosines and sines too.
         """
+        return self._undo(q, k, self.cos, self.sin)
+
+    def undo_at(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Keys ``[B, T, Hkv, D]`` of other tokens, at ``positions [B, T]``: the bits that :meth:`undo` gave for them.
+
+        Raises:
+            ConversionError: the angles there are not known.
+        """
+        if not self.turns:
+            return k
+        if self.angles is None:
+            raise ConversionError(
+                f"{FAR_ROPE[0]}: a cache holds the window's keys after rotary embedding only, and the angles to turn "
+                "them back are not known; start from an empty cache."
+            )
+        cos, sin = (x.to(k.device) for x in self.angles(self.cos.new_empty(0), positions))
+        return self._undo(k[:, :, :0], k, cos, sin)[1]
+
+    def _undo(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        cos, sin = self.cos.to(wide), self.sin.to(wide)
+        cos, sin = cos.to(wide), sin.to(wide)
         square = cos.square() + sin.square()
         return self._turn(q, k, cos / square, -sin / square)
 
@@ -162,9 +185,17 @@ def _angles_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None
 
 
 def rotation_of(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: tuple[str, str] = FAR_ROPE
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    asked: tuple[str, str] = FAR_ROPE,
+    *,
+    with_angles: bool = False,
 ) -> Rotation:
     """The rotary embedding that ``module``, called with these arguments, puts its queries and keys through.
+
+    Args:
+        asked: the option that needs it, the remedy. with_angles: nothing goes without the angles of other tokens.
 
     Raises:
         ConversionError: it cannot be had from the arguments, or it is not what makes the queries and keys.
@@ -179,41 +210,55 @@ def rotation_of(
         )
     size: Any = getattr(module, "rotary_ndims", None)
     size = size if isinstance(size, int) else None
-    rotation = Rotation(embedding_of(module, asked), *pair, size=size, angles=_angles_of(module))
+    told: Any = kwargs.get("position_ids")
+    positions = told if isinstance(told, Tensor) and told.ndim == 2 else None
+    rotation = Rotation(embedding_of(module, asked), *pair, size=size, angles=_angles_of(module), positions=positions)
     if TURNS_ATTRIBUTE not in module.__dict__:
-        if rotation.angles is not None:
-            verify_angles(module, rotation, kwargs.get("position_ids"))
+        if with_angles:
+            verify_angles(module, rotation)
         verify(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], rotation, asked)
     if module.__dict__.get(TURNS_ATTRIBUTE, True):
         return rotation
     cos, sin = torch.ones_like(rotation.cos), torch.zeros_like(rotation.sin)
-    return dataclasses.replace(rotation, cos=cos, sin=sin, angles=None)
+    return dataclasses.replace(rotation, cos=cos, sin=sin, angles=None, turns=False)
 
 
 @torch.compiler.disable
-@torch.no_grad()
-def verify_angles(module: nn.Module, rotation: Rotation, position_ids: Tensor | None) -> None:
+def verify_angles(module: nn.Module, rotation: Rotation) -> None:
     """Compare the angles of the module's call with those that its rotary module makes at the positions of that call.
 
     Raises:
         ConversionError: they differ, or the positions, one for each token, are not told.
     """
-    told = isinstance(position_ids, Tensor) and position_ids.ndim == 2
-    if told and rotation.cos.is_meta:
+    if angles_hold(rotation) is not False:
         return
-    if told and rotation.angles is not None:
-        found = rotation.angles(rotation.cos, position_ids)
-        bound = 16 * torch.finfo(rotation.cos.dtype).eps
-        if all(
-            torch.allclose(a.to(b.device), b, 0, bound)
-            for a, b in zip(found, (rotation.cos, rotation.sin), strict=True)
-        ):
-            return
+    told = rotation.positions is not None
     raise ConversionError(
         f"sink_distance: {type(module).__name__} was called "
         + ("with other angles than its rotary_emb makes" if told else "without position_ids [B, T] beside its angles")
         + "; convert the model with sink_distance=None."
     )
+
+
+@torch.no_grad()
+def angles_hold(rotation: Rotation) -> bool | None:
+    """Whether the angles of a call are those that the rotary module makes at the call's positions.
+
+    Where nothing is embedded, and on the meta device, they are taken to be; None if they are, but all positions are 0,
+    where all frequencies agree.
+    """
+    if rotation.positions is None:
+        return False
+    if not rotation.turns or rotation.cos.is_meta:
+        return True
+    if rotation.angles is None:
+        return False
+    found = rotation.angles(rotation.cos, rotation.positions)
+    bound = 16 * torch.finfo(rotation.cos.dtype).eps
+    pairs = zip(found, (rotation.cos, rotation.sin), strict=True)
+    if not all(a.shape == b.shape and torch.allclose(a.to(b.device), b, 0, bound) for a, b in pairs):
+        return False
+    return True if bool(rotation.positions.any()) else None
 
 
 @torch.compiler.disable

@@ -185,12 +185,25 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
         module = model.get_submodule(path)
         module.add_module(NAME, child)
         module.__dict__[CACHE_ATTRIBUTE] = Handover()
-        if child.sink_distance is not None:
-            module.__dict__[ROTARY_ATTRIBUTE] = rotary_of(model, path)
+        if not child.far_rope or child.sink_distance is not None:
+            _attach_rotary(model, path, child)
         module.register_forward_pre_hook(hand_over, with_kwargs=True)
     for submodel in _submodels(model):
         if not isinstance(submodel, ConvertedModel):
             submodel.__class__ = converted_model_class(type(submodel))
+
+
+def _attach_rotary(model: PreTrainedModel, path: str, child: ConvertedAttention) -> None:
+    """Hand the module that makes a layer's angles over; without one, the layer's states keep the keys it would need."""
+    try:
+        rotary = rotary_of(model, path)
+    except ConversionError:
+        if child.sink_distance is not None:
+            raise
+        return
+    model.get_submodule(path).__dict__[ROTARY_ATTRIBUTE] = rotary
+    if child.keeps_far_keys:
+        child.keeps_far_keys = None
 
 
 def _build(layer: LayerPlan, model: PreTrainedModel) -> ConvertedAttention:

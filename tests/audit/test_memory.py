@@ -34,7 +34,7 @@ def test_a_state_has_the_bytes_of_its_tensors(llama, decay, far_rope):
     features = 8
     sums = HEADS * (features * DIM + features + 1) * 4  # kv, k, log-scale
     want = LAYERS * (sums + 2 * 8 + (5 + 3) * PAIR + (0 if decay is None else 5 * HEADS * 4))
-    want += 0 if far_rope else LAYERS * 5 * PAIR // 2  # the window's keys before rotary embedding
+    want += 0 if far_rope else LAYERS * 5 * 4  # positions, to turn the window's keys back by
     assert state_bytes(model, 10**6) == (want, 0, 10**6)
     with far_off(model):
         assert state_bytes(model, 10**6).linear == LAYERS * (HEADS * 4 + 2 * 8 + (5 + 3) * PAIR)
@@ -50,6 +50,21 @@ def test_the_formula_says_what_the_cache_holds_at_that_length(llama, kind):
         model.bfloat16()
     for length in (3, 77):
         assert state_bytes(model, length) == state_bytes(model, length, probe=length)
+
+
+@pytest.mark.parametrize("rope_type", ["default", "dynamic"])
+def test_keys_in_both_forms_count_where_the_state_holds_them(llama, rope_type):
+    """Angles that follow the length cannot be had later: the window's keys stay before rotary embedding, too."""
+    options = {"feature_map": "elu", "window": 5, "far_rope": False}
+    angles = {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}}
+    student, plain = convert_model(llama(**angles), **options), convert_model(llama(), **(options | {"far_rope": True}))
+    control = equal_bytes_plan(student)  # asked before the model was ever called
+    assert state_bytes(student, 77) == state_bytes(student, 77, probe=77)
+    more = LAYERS * 5 * (4 if rope_type == "default" else PAIR // 2)
+    assert state_bytes(student, 77).linear == state_bytes(plain, 77).linear + more
+    assert equal_bytes_plan(student) == control
+    for layer in (module for module in student.modules() if isinstance(module, ConvertedAttention)):
+        assert layer.keeps_far_keys == (rope_type == "dynamic")
 
 
 @pytest.mark.parametrize("kept", [[], [0]])
