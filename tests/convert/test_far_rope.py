@@ -282,3 +282,175 @@ def test_the_inverse_is_exact_whatever_the_scale():
     q_after, k_after = (torch.cat([y.transpose(1, 2), x[..., 6:]], -1) for x, y in zip((q, k), turned, strict=True))
     assert not torch.allclose(q_after, q)
     torch.testing.assert_close(rotation.undo(q_after, k_after), (q, k))
+
+
+def both_forms(model):
+    """A copy of ``model`` whose states hold the window's keys before rotary embedding, too."""
+    model = copy.deepcopy(model)
+    for layer in layers_of(model):
+        layer.keeps_far_keys = True
+    return model
+
+
+def read(model, tokens, sizes, positions, mask=None, crop=0):
+    """Logits of ``tokens``, a part of the given sizes after the other; after each, ``crop`` tokens are read anew."""
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    found, start = [], 0
+    for size in sizes:
+        there = slice(start, start + size)
+        options = {"position_ids": positions[:, there], "past_key_values": cache}
+        options |= {} if mask is None else {"attention_mask": mask[:, : there.stop]}
+        if crop:
+            cache.activate_past_recording()
+            logits(model, tokens[:, there], **options)
+            cache.crop(-min(crop, size))
+            again = slice(max(start, there.stop - crop), there.stop)
+            options["position_ids"] = positions[:, again]
+            found.append(logits(model, tokens[:, again], **options))
+        else:
+            found.append(logits(model, tokens[:, there], **options))
+        start = there.stop
+    held = [layer.state.recent_far_k is not None for layer in cache.layers]
+    return torch.cat(found, 1), held
+
+
+POSITIONS = {
+    "from 0": torch.arange(40),
+    "from 900": torch.arange(900, 940),
+    "with gaps": torch.arange(40) * 3 + (torch.arange(40) > 25) * 17,
+}
+
+
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("crop", [0, 3])
+@pytest.mark.parametrize("name", [*CACHED, "yarn"])
+def test_keys_turned_back_as_they_leave_the_window_are_those_kept_before_rotary_embedding(
+    families, make_llama, name, crop, positions
+):
+    if name == "yarn":
+        model = convert_model(make_llama(rope_parameters=YARN), **FAR, decay="data")
+    else:
+        model = build(families[name], native_sliding="convert").float()
+    tokens, positions = families["llama"].inputs(40)["input_ids"] % 64, positions.expand(2, -1)
+    logits(model, tokens)
+    assert [layer.keeps_far_keys for layer in layers_of(model)] == [False] * len(layers_of(model))
+    for sizes in ([17, 1, 1, 4, 9, *[1] * 8], [1] * 40):
+        got, held = read(model, tokens, sizes, positions, crop=crop)
+        want, kept = read(both_forms(model), tokens, sizes, positions, crop=crop)
+        assert (any(held), all(kept)) == (False, True)
+        assert torch.equal(got, want)
+    alone = {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}  # gaps divide no sequence
+    torch.testing.assert_close(got, logits(model, tokens, **alone, use_cache=False), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("crop", [0, 2])
+def test_padding_anywhere_leaves_each_key_its_position(families, told, crop):
+    """Before the tokens, between them, and in a row whose new tokens are all padding."""
+    model = build(families["qwen3"])
+    tokens = families["qwen3"].inputs(40, rows=4)["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[1, :17] = 0
+    if not crop:  # which takes back as many tokens of every row
+        mask[2, 12:20], mask[3, 9:30] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0) if told else torch.arange(40).expand(4, -1)
+    logits(model, tokens)
+    for sizes in ([20, 3, 7, 10], [20, *[1] * 20], [12, 3, 5, 10, 10])[: 2 if crop else 3]:
+        got, held = read(model, tokens * mask, sizes, positions, mask, crop)
+        want, kept = read(both_forms(model), tokens * mask, sizes, positions, mask, crop)
+        assert (any(held), all(kept)) == (False, True)
+        assert torch.equal(got, want)
+    if not crop:
+        whole = logits(model, tokens * mask, position_ids=positions, attention_mask=mask, use_cache=False)
+        real = mask.bool()
+        torch.testing.assert_close(got[real], whole[real], rtol=1e-9, atol=1e-9)
+
+
+def test_one_decoding_step_turns_one_key_back(families, monkeypatch):
+    model, tokens = build(families["llama"]), families["llama"].inputs(30)["input_ids"]
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    logits(model, tokens, past_key_values=cache)
+    turned = []
+    undo_at = Rotation.undo_at
+    monkeypatch.setattr(Rotation, "undo_at", lambda self, k, at: turned.append(k.shape[1]) or undo_at(self, k, at))
+    logits(model, tokens[:, :1], past_key_values=cache)
+    assert turned == [1, 1]
+
+
+def without_positions(module, args, options):
+    return args, options | {"position_ids": None}
+
+
+def with_other_angles(module, args, options):
+    cos, sin = options["position_embeddings"]
+    return args, options | {"position_embeddings": (cos, -sin)}
+
+
+CHANGES = {"other angles": with_other_angles, "no positions": without_positions}
+"""What the attention modules are called with, changed."""
+
+
+def kept_by(model) -> set[bool | None]:
+    return {layer.keeps_far_keys for layer in layers_of(model)}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "no module", "other angles", "no positions"])
+def test_both_forms_are_kept_where_the_angles_cannot_be_made_again(make_llama, tokens, kind):
+    more = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | (more if kind == "longrope" else {})
+    model = make_llama(**({"rope_parameters": parameters} if kind in ("dynamic", "longrope") else {}))
+    if kind == "no module":
+        model.model.__dict__["rotary_emb"] = model.model._modules.pop("rotary_emb")  # called, and not to be found
+    convert_model(model, **FAR, decay="data")
+    for layer in model.model.layers if kind in CHANGES else ():
+        layer.self_attn.register_forward_pre_hook(CHANGES[kind], with_kwargs=True, prepend=True)
+    assert kept_by(model) == ({None} if kind in CHANGES else {True})
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    parts = [logits(model, part, past_key_values=cache) for part in tokens.split([9, 1, 13, *[1] * 7], 1)]
+    assert kept_by(model) == {True}
+    assert all(layer.state.recent_far_k is not None for layer in cache.layers)
+    torch.testing.assert_close(torch.cat(parts, 1), logits(model, tokens, use_cache=False), rtol=1e-3, atol=1e-3)
+
+
+def test_one_token_at_position_0_settles_nothing(make_llama, tokens):
+    """All frequencies agree there: a cache that begins so, before any other call, keeps both forms."""
+    model = convert_model(make_llama(), **FAR)
+    caches = [prepare_cache(model, DynamicCache(config=model.config)) for _ in range(2)]
+    parts = [logits(model, part, past_key_values=caches[0]) for part in tokens.split([1, 12, *[1] * 17], 1)]
+    want = logits(model, tokens, past_key_values=caches[1])
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-3, atol=1e-3)
+    assert [{layer.state.recent_far_k is None for layer in cache.layers} for cache in caches] == [{False}, {True}]
+    assert kept_by(model) == {False}
+
+
+def test_saved_states_of_either_form_are_continued_by_a_model_yet_uncalled(make_llama, tokens, tmp_path):
+    model = convert_model(make_llama(), **FAR, decay="data")
+    logits(model, tokens)
+    want = logits(model, tokens, use_cache=False)[:, 20:]
+    for source in (model, both_forms(model)):
+        cache = prepare_cache(source, DynamicCache(config=model.config))
+        logits(source, tokens[:, :20], past_key_values=cache)
+        save_state(cache, tmp_path / "state.safetensors")
+        held = load_state(tmp_path / "state.safetensors")
+        assert [layer.nbytes for layer in held.layers] == [layer.nbytes for layer in cache.layers]
+        fresh = convert_model(make_llama(), **FAR, decay="data")
+        fresh.load_state_dict(model.state_dict())
+        got = [logits(fresh, part, past_key_values=held) for part in tokens[:, 20:].split([1, 1, 5, 3], 1)]
+        torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_state_without_keys_before_rotary_embedding_needs_the_angles(make_llama, tokens):
+    model = convert_model(make_llama(), **FAR)
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    logits(model, tokens, past_key_values=cache)
+    for layer in model.model.layers:
+        del layer.self_attn.__dict__["_linattn_rotary"]
+    with pytest.raises(ConversionError, match=r"far_rope=False: .*the angles to turn them back are not known"):
+        logits(model, tokens[:, :1], past_key_values=cache)
+    model = convert_model(make_llama(), **FAR)
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    logits(model, tokens, past_key_values=cache)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(without_positions, with_kwargs=True, prepend=True)
+    with pytest.raises(ConversionError, match="without position_ids"):
+        logits(model, tokens[:, :1], past_key_values=cache)
