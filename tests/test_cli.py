@@ -218,6 +218,26 @@ def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Pat
     assert f"{report['equal_at_tokens']:,} tokens" in text
 
 
+@pytest.mark.parametrize("rope_type", ["default", "dynamic"])
+def test_info_counts_the_window_s_keys_in_the_forms_that_the_state_holds(
+    saved: Path, tmp_path: Path, rope_type: str
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    model.config.rope_parameters |= {"rope_type": rope_type, "factor": 2.0}
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "converted"
+    cli("convert", tmp_path / "model", out, "--window", 4, "--keep-layers", "1", "--no-far-rope", "--decay", "data")
+    report = json.loads(cli("info", out, "--json").stdout)
+    model = linattn.load(out)
+    cache = model(torch.arange(3, 15)[None], use_cache=True).past_key_values
+    layers = [layer for layer in cache.layers if hasattr(layer, "nbytes")]
+    assert report["state_bytes"] == sum(layer.nbytes for layer in layers)
+    for layer in layers:
+        assert (layer.state.recent_far_k is not None) == (rope_type == "dynamic")
+    told = "which the first call tells" in cli("info", out).stdout
+    assert told == (report["most_state_bytes"] > report["state_bytes"]) == (rope_type == "default")
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two texts, of 200 and of 60 words that the tokenizer knows."""

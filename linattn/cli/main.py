@@ -351,7 +351,7 @@ def info(
         config = source.config()
         layers = _layers(source, config)
         dtype = _dtype(config)
-        report = _memory(layers, dtype, length or list(LENGTHS))
+        report = _memory(layers, dtype, length or list(LENGTHS), _keeping_far_keys(source, layers))
     about = {"model": model, "model_type": config.model_type, "dtype": str(dtype).removeprefix("torch.")}
     report = about | report
     typer.echo(json.dumps(report, indent=2, ensure_ascii=False)) if as_json else _print_info(report)
@@ -944,12 +944,29 @@ class LayerMemory(NamedTuple):
     """Tokens that cache keeps at most, by a sliding window of the layer's own."""
 
 
-def _layer_memory(layer: LayerPlan, dtype: torch.dtype) -> LayerMemory:
+def _layer_memory(layer: LayerPlan, dtype: torch.dtype, keeps: bool) -> LayerMemory:
     token = 2 * layer.kv_heads * layer.head_dim * dtype.itemsize
-    return LayerMemory(_state_bytes(layer, dtype) if layer.kind == "convert" else 0, token, layer.native_window)
+    converted = layer.kind == "convert"
+    return LayerMemory(_state_bytes(layer, dtype, keeps) if converted else 0, token, layer.native_window)
 
 
-def _state_bytes(layer: LayerPlan, dtype: torch.dtype) -> int:
+def _keeping_far_keys(source: Source, layers: list[LayerPlan]) -> dict[str, bool | None]:
+    """By path, of layers with no rotary embedding in the far branch: what ``ConvertedAttention.keeps_far_keys`` says.
+
+    It is None where the model's structure does not tell.
+    """
+    from linattn.convert.swap import _resolve
+
+    paths = [layer.path for layer in layers if layer.kind == "convert" and not layer.far_rope]
+    if not paths:
+        return {}
+    model = source.outline()
+    converted: dict[str, Any] = {path: model.get_submodule(f"{_resolve(model, path)}.linattn") for path in paths}
+    return {path: layer.keeps_far_keys for path, layer in converted.items()}
+
+
+def _state_bytes(layer: LayerPlan, dtype: torch.dtype, keeps_far_keys: bool) -> int:
+    from linattn.convert.cache import POSITION
     from linattn.feature_maps import make
     from linattn.state import AttentionState
 
@@ -965,14 +982,19 @@ def _state_bytes(layer: LayerPlan, dtype: torch.dtype) -> int:
         window=layer.window,
         sinks=layer.sinks,
         decay=layer.decay is not None,
+        far_head_dim=layer.head_dim if keeps_far_keys else None,
         dtype=dtype,
         device="meta",
     )
-    return state.nbytes
+    turns_back = not layer.far_rope and not keeps_far_keys
+    return state.nbytes + (layer.window * POSITION.itemsize if turns_back else 0)
 
 
-def _memory(layers: list[LayerPlan], dtype: torch.dtype, lengths: list[int]) -> dict[str, Any]:
-    memory = [_layer_memory(layer, dtype) for layer in layers]
+def _memory(
+    layers: list[LayerPlan], dtype: torch.dtype, lengths: list[int], keeping: dict[str, bool | None]
+) -> dict[str, Any]:
+    memory = [_layer_memory(layer, dtype, bool(keeping.get(layer.path))) for layer in layers]
+    most = [_layer_memory(layer, dtype, keeping.get(layer.path, False) is not False) for layer in layers]
 
     def cache(tokens: int, kept: LayerMemory) -> int:
         return kept.token * min(tokens, kept.limit or tokens)
@@ -995,6 +1017,7 @@ def _memory(layers: list[LayerPlan], dtype: torch.dtype, lengths: list[int]) -> 
         "converted_layers": sum(bool(each.state) for each in memory),
         "softmax_layers": sum(not each.state for each in memory),
         "unknown_layers": sum(not layer.heads for layer in layers),
+        "most_state_bytes": sum(each.state for each in most),
         "attention": how,
         "state_bytes": state,
         "equal_at_tokens": -(-state // per_token) if per_token else None,
@@ -1018,6 +1041,11 @@ def _print_info(report: dict[str, Any]) -> None:
             f"State of the converted layers: {readable_bytes(report['state_bytes'])} per sequence at every length, as "
             f"much as their key/value cache would take at {report['equal_at_tokens']:,} tokens."
         )
+        if report["most_state_bytes"] > report["state_bytes"]:
+            typer.echo(
+                f"It is {readable_bytes(report['most_state_bytes'])} if the model makes its rotary angles in a way of "
+                "its own, which the first call tells."
+            )
     table = _table("tokens", "softmax model", "this model", "ratio", right=True)
     for row in report["memory"]:
         ratio = row["cache_bytes"] / row["bytes"] if row["bytes"] else 1.0
