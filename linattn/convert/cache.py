@@ -126,8 +126,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         if mask is not None:
             old = mask.new_ones(len(mask), held.shape[1] - mask.shape[1])
             held = held.gather(1, torch.cat([old, mask], 1).long().argsort(dim=1, stable=True))  # real tokens last
-        held = F.pad(held, [max(ring - held.shape[1], 0), 0])
-        return held[:, held.shape[1] - ring :].clone()
+        return F.pad(held, [ring - held.shape[1], 0])  # the newest: a negative pad leaves out
 
     def _each_tensor(self, state: Callable[[AttentionState], AttentionState], ring: Callable[[Tensor], Tensor]) -> None:
         """Change the memory: the state by ``state``, its positions by ``ring``."""

@@ -454,3 +454,30 @@ def test_a_state_without_keys_before_rotary_embedding_needs_the_angles(make_llam
         layer.self_attn.register_forward_pre_hook(without_positions, with_kwargs=True, prepend=True)
     with pytest.raises(ConversionError, match="without position_ids"):
         logits(model, tokens[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt-neox", "cohere", "smollm3", "yarn"])
+def test_angles_made_again_are_the_bits_of_the_call(families, make_llama, name, dtype):
+    tokens = torch.randint(3, 64, (2, 50), generator=torch.Generator().manual_seed(1))
+    model = make_llama(rope_parameters=YARN) if name == "yarn" else families[name].build()
+    convert_model(model.to(dtype), **(FAR | {"native_sliding": "convert"}))
+    for offset in (0, 3000):
+        q, k, _, seen, _ = calls(model, input_ids=tokens, position_ids=torch.arange(50).expand(2, -1) + offset)
+        rotation = seen["rotation"]
+        at = torch.arange(7, 20, dtype=torch.int32).expand(2, -1) + offset
+        assert torch.equal(rotation.undo_at(k[:, 7:20], at), rotation.undo(q, k)[1][:, 7:20])
+        assert not torch.equal(rotation.undo_at(k[:, 7:20], at + 1), rotation.undo(q, k)[1][:, 7:20])
+
+
+def test_gradients_go_through_keys_turned_back(families):
+    """Into the part that a cache read before, as in one pass."""
+    model = build(families["qwen3"])
+    tokens = families["qwen3"].inputs(30)["input_ids"]
+    weights = [p for path, p in model.named_parameters() if "k_proj" in path]
+    want = torch.autograd.grad(model(tokens, use_cache=False).logits[:, 20:].square().mean(), weights)
+    cache = prepare_cache(model, DynamicCache(config=model.config))
+    parts = [model(part, past_key_values=cache).logits for part in tokens.split([20, 4, 1, 5], 1)]
+    assert cache.layers[0].state.recent_far_k is None
+    got = torch.autograd.grad(torch.cat(parts, 1)[:, 20:].square().mean(), weights)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
