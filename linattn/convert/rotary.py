@@ -256,7 +256,7 @@ def angles_hold(rotation: Rotation) -> bool | None:
     found = rotation.angles(rotation.cos, rotation.positions)
     bound = 16 * torch.finfo(rotation.cos.dtype).eps
     pairs = zip(found, (rotation.cos, rotation.sin), strict=True)
-    if not all(a.shape == b.shape and torch.allclose(a.to(b.device), b, 0, bound) for a, b in pairs):
+    if not all(a.shape[1:] == b.shape[1:] and torch.allclose(a.to(b.device), b, 0, bound) for a, b in pairs):
         return False
     return True if bool(rotation.positions.any()) else None
 
