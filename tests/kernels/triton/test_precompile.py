@@ -1,0 +1,140 @@
+"""What a first call compiles in threads is what it starts, and nothing is compiled twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+import triton
+
+from linattn.kernels.triton import precompile, runtime
+
+FORESEEN = '''
+import concurrent.futures, contextlib, json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    """An NVIDIA GPU that is not there."""
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=0: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+triton.runtime.driver.set_active(Driver())
+found = {True: set(), False: set()}
+
+def noted(*, key, fn, is_manual_warmup, **_):
+    found[is_manual_warmup].add(f"{fn.name} {key}")
+    return True  # which ends it before it compiles
+
+triton.knobs.runtime.jit_cache_hook = noted
+
+from linattn.kernels.triton import launch, ops, plan, precompile
+from linattn.kernels.triton.config import Config
+from linattn.kernels.triton.launch import Inputs, Options
+
+torch.cuda.device = lambda index: contextlib.nullcontext()
+torch.cuda.is_current_stream_capturing = lambda: False
+torch.Tensor.get_device = lambda self: 0
+precompile._cpus = lambda: 4
+
+def case(length=1024, heads=2, kv_heads=2, dim=64, window=0, sinks=0, map="hedgehog", decay=False, offset=0,
+         packed=False, state=False, bias=False, dtype="bfloat16", log=False, fused=True, segment=256, batch=2):
+    dtype = getattr(torch, dtype)
+    batch = 1 if packed else batch
+    def new(*shape, dtype=dtype, offset=offset):
+        count = torch.Size(shape).numel()
+        return torch.zeros(count + offset, dtype=dtype)[offset:].view(shape)
+    q, k, v = new(batch, length, heads, dim), new(batch, length, kv_heads, dim), new(batch, length, kv_heads, dim)
+    features, kw, activation = 64, {}, "given"
+    if map != "given":
+        activation, features = {"hedgehog": "mirrored", "exp": "exp"}[map], 128
+        width = 64 if map == "hedgehog" else 128
+        kw.update(query_weight=new(1, heads, dim, width, offset=0), key_weight=new(1, kv_heads, dim, width, offset=0))
+    log = log or map == "exp"
+    if map == "given" and log:
+        kw.update(query_log=new(batch, length, heads, dtype=torch.float32), key_log=new(batch, length, kv_heads, dtype=torch.float32))
+    if decay:
+        kw["decay"] = new(batch, length, kv_heads, dtype=torch.float32)
+    if bias:
+        kw.update(far_bias=new(heads, dtype=torch.float32), sink_logits=new(heads, dtype=torch.float32))
+    if state:
+        kw.update(state_kv=new(batch, kv_heads, features, dim, dtype=torch.float32), state_k=new(batch, kv_heads, features, dtype=torch.float32),
+                  state_m=new(batch, kv_heads, dtype=torch.float32))
+    if packed:
+        n, tokens = 3, length // segment + 3
+        kw.update(starts=torch.zeros(n + 1, dtype=torch.int64), lengths=torch.zeros(n + 1, dtype=torch.int64),
+                  bases=torch.zeros(n + 1, dtype=torch.int64), seg_sequence=torch.zeros(tokens, dtype=torch.int32),
+                  seg_first=torch.zeros(n + 1, dtype=torch.int32))
+        if sinks:
+            kw.update(sink_k=new(n, sinks, kv_heads, dim), sink_v=new(n, sinks, kv_heads, dim))
+    o = Options(window, sinks, True, features, dim, activation, log, dim**-0.5, 0.0, 0.0, 0.0, False, segment, fused)
+    for t in (q, k, v, *kw.values()):
+        if t.is_floating_point():
+            t.requires_grad_()
+    return Inputs(q=q, k=k, v=v, **kw), o
+
+def launches(options):
+    for ran in found.values():
+        ran.clear()
+    precompile._kinds.clear()
+    precompile._compiling.clear()
+    x, o = case(**options)
+    out = ops.attend(x, o, Config())
+    concurrent.futures.wait(precompile._compiling.values())
+    forward = {kind: sorted(ran) for kind, ran in found.items()}
+    # The backward pass finds its own kernels compiled: those of its kind were foreseen as it is now.
+    kinds, precompile._kinds = precompile._kinds, type("All", (set,), {"__contains__": lambda self, kind: True})()
+    (out.float().sum()).backward()
+    precompile._kinds = kinds
+    return forward[True], forward[False], sorted(found[False])
+
+print(json.dumps([launches(options) for options in json.loads(sys.argv[1])]))
+'''
+
+CASES: dict[str, dict[str, Any]] = {
+    "hybrid": {"window": 128, "sinks": 4, "decay": True},
+    "hedgehog": {},
+    "given": {"map": "given"},
+    "given-log": {"map": "given", "log": True, "window": 64, "bias": True},
+    "exp": {"map": "exp", "window": 128, "decay": True},
+    "exp-lone": {"map": "exp", "fused": False, "dtype": "float32"},
+    "grouped": {"kv_heads": 1, "window": 64, "sinks": 1, "decay": True},
+    "unaligned": {"map": "given", "offset": 1, "window": 64},
+    "odd": {"length": 1001, "window": 100, "decay": True, "batch": 1},
+    "one segment": {"length": 256, "decay": True},
+    "two segments": {"length": 512, "window": 64},
+    "packed": {"packed": True, "window": 64, "sinks": 4, "decay": True, "bias": True},
+    "state": {"state": True, "window": 64, "decay": True},
+    "float16": {"dtype": "float16", "length": 17, "heads": 1, "kv_heads": 1},
+}
+
+
+def subprocess_of(code: str, *arguments: str, **environment: str) -> str:
+    root = Path(__file__).parents[3]
+    given = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), **environment}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=given)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def foreseen() -> dict[str, list[list[str]]]:
+    if not hasattr(triton, "knobs"):
+        pytest.skip("needs triton.knobs (Triton 3.4), whose hook shows what would be compiled")
+    return dict(zip(CASES, json.loads(subprocess_of(FORESEEN, json.dumps(list(CASES.values())))), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_compiled_for_the_launches_that_follow(foreseen: dict[str, list[list[str]]], name: str) -> None:
+    compiled, forward, both = map(set, foreseen[name])
+    assert forward and forward < both  # the backward pass has kernels of its own
+    assert both == compiled
