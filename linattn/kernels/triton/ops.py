@@ -173,8 +173,8 @@ def _attended_backward(
 
 def _following(settings: tuple[Any, ...], needs: tuple[bool, ...], tensors: Any, results: Any) -> Any:
     """The backward pass of a training forward pass."""
-    out = results[0]
-    return _attended_backward, (*settings, needs), (torch.empty_like(out), *tensors, *results)
+    dout = torch.empty(results[0].shape, dtype=results[0].dtype, device=results[0].device)
+    return _attended_backward, (*settings, needs), (dout, *tensors, *results)
 
 
 precompile.sequels[_attended_training] = _following

@@ -2,8 +2,8 @@
 
 Triton compiles a kernel when it is first started, so the first call of a process would compile all of its kernels one
 after the other. Here a call of a new kind runs once on meta tensors, which collects its launches; threads compile what
-they need, and the call that follows finds it. A training forward pass begins with the kernels of its backward pass, too,
-and does not wait for them. Passes of the compiler, ptxas and the C compiler of the launchers run outside Python's lock.
+they need, and the call that follows finds it. A training forward pass has the kernels of its backward pass compiled,
+too, and does not wait for them. The passes of the compiler, ptxas and the C compiler run outside Python's lock.
 
 Nothing here is needed for a result: what is not foreseen, or fails, Triton compiles when it is started.
 """
@@ -20,12 +20,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import triton
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from linattn.kernels.triton import runtime
 
 Body: TypeAlias = Callable[..., Sequence[Tensor | None]]
 Tensors: TypeAlias = Sequence[Tensor | None]
-Sequel: TypeAlias = Callable[[tuple[Any, ...], tuple[bool, ...], Tensors, Tensors], tuple[Body, tuple[Any, ...], Tensors]]
+Sequel: TypeAlias = Callable[
+    [tuple[Any, ...], tuple[bool, ...], Tensors, Tensors], tuple[Body, tuple[Any, ...], Tensors]
+]
 
 logger = logging.getLogger("linattn")
 
@@ -33,7 +36,7 @@ MOST_THREADS = 16
 _MOST = 8192
 
 sequels: dict[Body, Sequel] = {}
-"""The call that follows one of a body: from its settings, which tensors need a gradient, the tensors and its results."""
+"""What follows a call of a body, from its settings, which tensors need a gradient, the tensors and the results."""
 
 _kinds: set[tuple[Any, ...]] = set()
 _compiling: dict[tuple[Any, ...], Future[None]] = {}
@@ -45,7 +48,7 @@ class _Pointer:
 
     def __init__(self, t: Tensor) -> None:
         self.dtype = t.dtype
-        self._address = t.storage_offset() * t.element_size() % 16
+        self._address = int(t.storage_offset()) * t.element_size() % 16
 
     def data_ptr(self) -> int:
         return self._address
@@ -62,24 +65,33 @@ class _Launch(NamedTuple):
         return self.kernel, device, *map(_specialised, self.args), *self.options.items()
 
 
-class _Collector:
+class _Collector(TorchFunctionMode):
     """In a recorder's place: launches of this thread are written down, not started."""
 
     collects = True
 
     def __init__(self) -> None:
+        super().__init__()
         self.launches: list[_Launch] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty_like and args[0].is_contiguous():  # on meta tensors it imports symbolic algebra
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="meta")
+        return func(*args, **kwargs)
 
     def collect(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         args = tuple([_Pointer(a) if isinstance(a, Tensor) else a for a in args])
         self.launches.append(_Launch(kernel, args, options))
 
-    def __enter__(self) -> list[_Launch]:
+    def __enter__(self) -> _Collector:
+        super().__enter__()
         self._before, runtime.local.recorder = runtime.local.recorder, self
-        return self.launches
+        return self
 
     def __exit__(self, *error: Any) -> None:
         runtime.local.recorder = self._before
+        super().__exit__(*error)
 
 
 def prepare(body: Body, settings: tuple[Any, ...], tensors: Tensors) -> None:
@@ -117,21 +129,21 @@ def prepare(body: Body, settings: tuple[Any, ...], tensors: Tensors) -> None:
 
 def _foreseen(body: Body, settings: tuple[Any, ...], tensors: Tensors) -> tuple[list[_Launch], list[_Launch]]:
     """Launches of a call, and of the one that follows it."""
-    twins = [None if t is None else _twin(t) for t in tensors]
-    with _Collector() as now:
+    twins: Tensors = [None if t is None else _twin(t) for t in tensors]
+    with _Collector() as call:
         results = body(*settings, *twins)
     sequel = sequels.get(body)
     if sequel is None:
-        return now, []
+        return call.launches, []
     needs = tuple([t is not None and t.requires_grad for t in tensors])
-    body, settings, following = sequel(settings, needs, twins, results)
-    with _Collector() as soon:
-        body(*settings, *following)
-    return now, soon
+    body, settings, twins = sequel(settings, needs, twins, results)
+    with _Collector() as following:
+        body(*settings, *twins)
+    return call.launches, following.launches
 
 
 def _twin(t: Tensor) -> Tensor:
-    """A meta tensor like ``t``, as far from the beginning of its storage as ``t`` is from an address that 16 divides."""
+    """A meta tensor like ``t``, as far from the start of its storage as ``t`` is from an address that 16 divides."""
     offset = t.data_ptr() % 16 // t.element_size()
     size = offset + 1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)]) if t.numel() else offset
     return torch.empty(size, dtype=t.dtype, device="meta").as_strided(t.shape, t.stride(), offset)
