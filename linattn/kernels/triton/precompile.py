@@ -109,7 +109,7 @@ def prepare(body: Body, settings: tuple[Any, ...], tensors: Tensors) -> None:
             _ready(kernel, device)
         with _lock:
             pool: ThreadPoolExecutor | None = None
-            for launch in (*now, *soon):
+            for launch in (*_largest_first(now), *_largest_first(soon)):
                 key = launch.key(device)
                 if key not in _compiling:
                     pool = pool or ThreadPoolExecutor(threads, "linattn-compile")
@@ -140,6 +140,11 @@ def _foreseen(body: Body, settings: tuple[Any, ...], tensors: Tensors) -> tuple[
     with _Collector() as following:
         body(*settings, *twins)
     return call.launches, following.launches
+
+
+def _largest_first(launches: list[_Launch]) -> list[_Launch]:
+    """Kernels of many arguments take longest to compile."""
+    return sorted(launches, key=lambda launch: -len(launch.args))
 
 
 def _twin(t: Tensor) -> Tensor:
