@@ -32,6 +32,8 @@ Sequel: TypeAlias = Callable[
 
 logger = logging.getLogger("linattn")
 
+IN_THREADS = runtime.NVIDIA and hasattr(triton, "AsyncCompileMode")
+"""This release of Triton is made to compile in threads; 3.3 is not, and makes other code in several than in one."""
 MOST_THREADS = 16
 _MOST = 8192
 
@@ -97,7 +99,7 @@ class _Collector(TorchFunctionMode):
 def prepare(body: Body, settings: tuple[Any, ...], tensors: Tensors) -> None:
     """Compile the kernels that ``body(*settings, *tensors)`` will start, unless a call of its kind was here before."""
     threads = min(_cpus(), MOST_THREADS)
-    if not runtime.NVIDIA or threads < 2 or torch.cuda.is_current_stream_capturing():
+    if not IN_THREADS or threads < 2 or torch.cuda.is_current_stream_capturing():
         return
     device = tensors[0].get_device()  # type: ignore[union-attr]
     try:
