@@ -221,25 +221,29 @@ def far_log_mass(module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor
         log F = guess + log far share − log sink share
 
     Decay runs over the window too: exp(Σ log-gates of the last ``window`` tokens) divides the sink's mass instead.
+    The shares are computed in the dtype of ``q``, float16 excepted, whose range they leave; so that its precision is
+    theirs, the logit is the sum of two numbers, itself and the rest of its rounding.
 
     Args:
         module, q, k: as in :func:`far_output`.
-        guess: ``[B, T', H]`` finite; the nearer to the log mass, the more precise.
+        guess: ``[B, T', H]`` finite, within some 80 nats of the log mass.
     """
     rows, keys = _far_tokens(module, q)
-    guess = guess.to(torch.promote_types(q.dtype, torch.float32))
-    q, k = q.to(guess.dtype), k.to(guess.dtype)
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    guess = guess.to(torch.promote_types(dtype, torch.float32))
+    q, k = q.to(dtype), k.to(dtype)
     logit, gates = guess, module.log_gates(k)
     if gates is not None:
         clock = F.pad(gates.expand(*k.shape[:3]).cumsum(1), [0, 0, 1, 0])
         over_window = clock[:, rows.start + 1 :] - clock[:, keys.start + 1 : keys.stop + 1]
         logit = guess - over_window.repeat_interleave(q.shape[2] // k.shape[2], 2)
         gates = gates if gates.ndim == 1 else _after_one(gates[:, keys])
-    sink = F.pad(torch.zeros_like(k[:, keys, :, :1]), [0, 0, 0, 0, 1, 0], value=1.0)
+    rounded = logit.to(dtype)
+    sink = F.pad(torch.zeros_like(k[:, keys, :, 0]), [0, 0, 1, 0], value=1.0)
     shares = kernel_attention(
-        _after_one(logit[..., None]),
-        sink,
-        torch.cat([1 - sink, sink], -1),
+        _after_one(torch.stack([rounded, (logit - rounded).to(dtype)], -1)),
+        torch.stack([sink, sink], -1),
+        torch.stack([1 - sink, sink], -1),
         feature_map=module.feature_map,
         sinks=1,
         decay=gates,
@@ -248,7 +252,7 @@ def far_log_mass(module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor
         q_far=_after_one(q[:, rows]),
         k_far=_after_one(k[:, keys]),
     ).out[:, 1:]
-    far, other = shares.clamp_min(torch.finfo(shares.dtype).tiny).log().unbind(-1)
+    far, other = shares.to(guess.dtype).clamp_min(torch.finfo(dtype).tiny).log().unbind(-1)
     return guess + far - other
 
 

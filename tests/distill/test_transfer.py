@@ -98,6 +98,23 @@ def test_any_guess_gives_the_log_mass(guess):
     close((got, far_output(module, q, k, v)), (log_mass, dense_far(module, q, k, v)[0]), module, 1e-4)
 
 
+@pytest.mark.parametrize("decay", ["fixed", "data"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_the_result_and_not_the_logit(dtype, decay):
+    """A guess of 40 would lose a tenth of a nat to bfloat16."""
+    module, (q, k, v) = layer("hedgehog", decay), inputs()
+    q, k, v = (x.to(dtype).double() for x in (q, k, v))
+    far, log_mass = dense_far(module, q, k, v)
+    with torch.no_grad():
+        module.far_bias += 40
+    guess = (log_mass + 40 + torch.linspace(-1, 1, log_mass.shape[1])[:, None]).detach()
+    got = far_log_mass(module, q.to(dtype), k.to(dtype), guess)
+    assert got.dtype == torch.float32
+    ulp = torch.finfo(dtype).eps
+    assert (got - 40 - log_mass).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps
+    assert (far_output(module, q.to(dtype), k.to(dtype), v.to(dtype)) - far).abs().max() <= 3 * ulp * v.abs().max()
+
+
 @pytest.mark.parametrize("native_window", [None, 12])
 @pytest.mark.parametrize("far_rope", [True, False])
 @pytest.mark.parametrize("decay", ["fixed", "data"])
