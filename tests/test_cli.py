@@ -119,6 +119,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
     shutil.copy(saved / "config.json", bare)
     file = tmp_path / "plan.json"
     options = ("--feature-map", "elu", "--window", 7, "--keep-layers", "0,2-2", "--decay", "fixed", "--no-far-rope")
+    options += ("--sink-distance", 63)
     text = cli("plan", bare, *options, "--output", file).stdout
     expected = linattn.plan_model(
         transformers.LlamaForCausalLM.from_pretrained(saved),
@@ -127,6 +128,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
         keep_softmax=(0, 2),
         decay="fixed",
         far_rope=False,
+        sink_distance=63,
     )
     assert text == f"{expected}\n"
     assert linattn.ConversionPlan.load(file) == expected
@@ -425,6 +427,13 @@ def test_a_cached_teacher_fits_the_stages(saved: Path, student: Path, stages: Pa
     run = ("distill", student, "--stages", stages, "--data", data, "--out", tmp_path / "run")
     assert "2-logits: loss" in cli(*run, "--teacher", tmp_path / "teacher").stdout
     assert "expected the model before" in cli(*run, "--fresh", code=1).stderr
+    pieces = tmp_path / "pieces.json"
+    pieces.write_text(STAGES.replace('"kind": "logits",', '"kind": "logits", "segment": 10, "teacher_context": 16,'))
+    run = ("distill", student, "--stages", pieces, "--data", data, "--out", tmp_path / "long")
+    assert "was cached with" in cli(*run, "--teacher", tmp_path / "teacher", code=1).stderr
+    cli(*ask[:4], "--stages", pieces, "--k", 6, "-o", tmp_path / "bounded")
+    assert "2-logits: loss" in cli(*run, "--teacher", tmp_path / "bounded").stdout
+    assert "--segment" in cli(*ask[:6], "--segment", 9, "-o", tmp_path / "x", code=2).stderr
     two = tmp_path / "two.json"
     two.write_text(STAGES.replace('"transfer", ', '"logits", '))
     assert "2 stages of logits" in cli(*ask[:4], "--stages", two, "-o", tmp_path / "x", code=1).stderr

@@ -170,10 +170,12 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
         raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1.")
     layers = converted_layers(student)
     budget, sinks, dtype = _linear_bytes(student), max(layer.sinks for layer in layers), _dtype(student, layers[0])
+    distances = {layer.sink_distance for layer in layers}
     plan = ConversionPlan.from_dict(student.config.linattn)
     for layer in plan.kept if length else ():
         if layer.supported and layer.native_window is None:
             layer.kind, layer.reason, layer.sinks = "convert", "", sinks
+            layer.sink_distance = max((d for d in distances if d is not None), default=None)
             budget += 2 * layer.kv_heads * layer.head_dim * dtype.itemsize * (length or 0)
 
     def size(window: int) -> int:

@@ -172,6 +172,7 @@ def _teacher_masses(teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tens
     plan = ConversionPlan.from_dict(plan.to_dict())
     for planned in plan.converted:
         planned.feature_map, planned.feature_map_options, planned.decay, planned.far_rope = "elu", {}, None, True
+        planned.sink_distance = None
     seam = convert_model(teacher, plan=plan)
     try:
         layers = converted_layers(seam)

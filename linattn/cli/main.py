@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from linattn.kernels.triton.tune import Trial, Tuned
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
+WINDOWS = ("length", "seed", "temperature", "segment", "teacher_context")
+"""Options of a stage of logits that a cache of its teacher must share."""
 AUDIT_PARTS = ("losses", "far_gain", "counterfactual", "telemetry", "cache", "recall", "speed")
 
 
@@ -103,6 +105,9 @@ DecayOption = Annotated[Decay, typer.Option(help="Forgetting in the far branch: 
 FarRope = Annotated[
     bool, typer.Option(help="Whether the far branch reads queries and keys after rotary embedding, or before it.")
 ]
+SinkDistance = Annotated[
+    int | None, typer.Option(help="Tokens of rotary distance that sinks keep at most; default, any.", min=1)
+]
 KeepLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Attention layers left softmax, by index: 0,5,10-12."),
@@ -120,6 +125,7 @@ PLAN_OPTIONS = (
     "sinks",
     "decay",
     "far_rope",
+    "sink_distance",
     "keep_layers",
     "native_sliding",
     "keep_unsupported",
@@ -135,6 +141,7 @@ def plan(
     sinks: Sinks = 4,
     decay: DecayOption = Decay.none,
     far_rope: FarRope = True,
+    sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
@@ -155,7 +162,16 @@ def plan(
     """
     source = Source.find(model)
     options = _plan_options(
-        feature_map, map_option, window, sinks, decay, far_rope, keep_layers, native_sliding, keep_unsupported
+        feature_map,
+        map_option,
+        window,
+        sinks,
+        decay,
+        far_rope,
+        sink_distance,
+        keep_layers,
+        native_sliding,
+        keep_unsupported,
     )
     with _progress() as step, step(f"Reading {model}"):
         from linattn.convert import plan_model
@@ -177,6 +193,7 @@ def convert(
     sinks: Sinks = 4,
     decay: DecayOption = Decay.none,
     far_rope: FarRope = True,
+    sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
@@ -202,7 +219,16 @@ def convert(
     """
     source = Source.find(model)
     options = _plan_options(
-        feature_map, map_option, window, sinks, decay, far_rope, keep_layers, native_sliding, keep_unsupported
+        feature_map,
+        map_option,
+        window,
+        sinks,
+        decay,
+        far_rope,
+        sink_distance,
+        keep_layers,
+        native_sliding,
+        keep_unsupported,
     )
     if plan is not None:
         _refuse_beside_plan(ctx)
@@ -526,6 +552,11 @@ def cache_teacher(
     length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the windows' order; the stage's.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax; the stage's.")] = 1.0,
+    segment: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Of a piece; the stage's.")] = 0,
+    teacher_context: Annotated[
+        int,
+        typer.Option(min=0, metavar="TOKENS", help="Read up to a piece's end; 0, all of a window; the stage's."),
+    ] = 0,
     k: Annotated[int, typer.Option(min=1, help="Likeliest tokens kept of each prediction.")] = 64,
     dtype: Annotated[Dtype | None, typer.Option(help="To compute in; default, the dtype of the weights.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …")] = "cpu",
@@ -541,7 +572,7 @@ def cache_teacher(
     """
     source = Source.find(model)
     _refuse_full(out, force)
-    if stages is not None and (given := _given(ctx, "windows", "length", "seed", "temperature")):
+    if stages is not None and (given := _given(ctx, "windows", *WINDOWS)):
         raise typer.BadParameter(f"{', '.join(given)}: the stages settle that already.")
     with _progress() as step, step(f"Loading {model}"):
         from linattn.distill import Logits, Windows, read_stages
@@ -549,17 +580,18 @@ def cache_teacher(
 
         if stages is not None:
             read = [stage for stage in read_stages(stages) if isinstance(stage, Logits)]
-            if len({(stage.length, stage.seed, stage.temperature) for stage in read}) != 1:
+            settled = {tuple(getattr(stage, name) for name in WINDOWS) for stage in read}
+            if len(settled) != 1:
                 raise OptionError(
-                    f"{stages}: {len(read)} stages of logits; expected one, or several of one length, seed and "
-                    "temperature."
+                    f"{stages}: {len(read)} stages of logits; expected one, or several of one {', '.join(WINDOWS)}."
                 )
-            length, seed, temperature = read[0].length, read[0].seed, read[0].temperature
+            length, seed, temperature, segment, teacher_context = settled.pop()
             windows = max(stage.steps * stage.accumulate * stage.rows for stage in read)
         cut = Windows(data, length, seed=seed)
         loaded = _loaded(source, dtype, _device(device))
     with _count("Caching") as watch:
-        write(loaded, cut, windows=windows, k=k, out=out, temperature=temperature, progress=watch)
+        how: dict[str, Any] = {"temperature": temperature, "segment": segment, "teacher_context": teacher_context}
+        write(loaded, cut, windows=windows, k=k, out=out, progress=watch, **how)
     typer.echo(f"{out}: {windows:,} windows of {length:,} tokens, {k} predictions each")
 
 
@@ -776,6 +808,7 @@ def _plan_options(
     sinks: int,
     decay: Decay,
     far_rope: bool,
+    sink_distance: int | None,
     keep_layers: str | None,
     native_sliding: Sliding,
     keep_unsupported: bool,
@@ -788,6 +821,7 @@ def _plan_options(
         "sinks": sinks,
         "decay": None if decay is Decay.none else decay.value,
         "far_rope": far_rope,
+        "sink_distance": sink_distance,
         "keep_softmax": _indices(keep_layers or ""),
         "native_sliding": native_sliding.value,
         "on_unsupported": "keep" if keep_unsupported else "error",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 from linattn.errors import StateError, UnsupportedError
 from linattn.state import AttentionState
@@ -72,6 +79,11 @@ class LinattnCacheLayer(CacheLayerMixin):
     def lookback(self) -> int:
         """Tokens the next state must be able to take back."""
         return self._retractable if self.record_past else 0
+
+    @property
+    def most_seen(self) -> float:
+        """Tokens of a sequence at most, padding included; inf in a compiled graph, in which they are no number."""
+        return math.inf if torch.compiler.is_compiling() else int(self.seen)
 
     def fetch(self, tokens: int, device: torch.device) -> AttentionState | None:
         """The state before the ``tokens`` that :meth:`update` has just counted, on ``device``.
@@ -156,6 +168,25 @@ class LinattnCacheLayer(CacheLayerMixin):
 def decoder_cache(cache: Cache) -> Cache:
     """The self-attention part of a cache."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def detach(cache: Cache) -> None:
+    """Cut a cache off from the graph that filled it: to what reads it next it is a constant.
+
+    Raises:
+        UnsupportedError: a layer of it holds more than a state, or keys and values.
+    """
+    layer: Any
+    for layer in decoder_cache(cache).layers:
+        if isinstance(layer, LinattnCacheLayer):
+            layer.state = None if layer.state is None else layer.state.detach()
+        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedError(
+                f"{type(layer).__name__}: what a layer that was left as it was remembers can be cut off from its "
+                "gradients only where that is keys and values."
+            )
+        elif layer.is_initialized:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
 def adopt(cache: Cache, layer_idx: int) -> LinattnCacheLayer:

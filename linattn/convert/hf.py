@@ -24,10 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from linattn.attention import starting_log_half_lives
 from linattn.convert.cache import LinattnCacheLayer, adopt
 from linattn.convert.plan import LayerPlan
-from linattn.convert.rotary import PROBE_ATTRIBUTE, Rotation, Seen, rotation_of
+from linattn.convert.rotary import FAR_ROPE, PROBE_ATTRIBUTE, SINK_DISTANCE, Rotation, Seen, rotation_of
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
 from linattn.feature_maps import SequenceMap, make
 from linattn.kernels import kernel_attention
+from linattn.state import AttentionState
 
 NAME = "linattn"
 KEPT_ATTRIBUTE = "_linattn_kept"
@@ -35,7 +36,7 @@ KEPT_ATTRIBUTE = "_linattn_kept"
 CACHE_ATTRIBUTE = "_linattn_cache_layer"
 """Holds a converted module's :class:`Handover`."""
 ROTATION_ATTRIBUTE = "_linattn_rotation"
-"""Holds the rotary embedding of a converted module's call for as long, where the far branch does without it."""
+"""Holds the rotary embedding of a converted module's call for as long, where the layer turns queries or keys back."""
 PLAIN = "elu"
 """A feature map without parameters, for layers that have no use for one."""
 
@@ -58,6 +59,7 @@ class ConvertedAttention(nn.Module):
             See :func:`linattn.convert.window_only`.
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
         far_rope: False where the far branch reads queries and keys before rotary embedding.
+        sink_distance: tokens of rotary distance that sinks behind the window keep at most, or None.
     """
 
     far_bias: nn.Parameter | None
@@ -68,6 +70,7 @@ class ConvertedAttention(nn.Module):
         super().__init__()
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
+        self.sink_distance = layer.sink_distance
         self.far = layer.feature_map is not None
         self.feature_map = make(
             layer.feature_map or PLAIN,
@@ -129,11 +132,44 @@ class ConvertedAttention(nn.Module):
         if self.far_rope:
             return q, k
         if rotation is None:
-            raise ConversionError(
-                "far_rope=False: the layer was called without the rotary embedding to undo, which its attention module "
-                "hands over once a call. If that module attends several times a call, convert it with far_rope=True."
-            )
+            raise _without_rotation(*FAR_ROPE)
         return rotation.undo(q, k)
+
+    def moves_sinks(self, tokens: float) -> bool:
+        """Whether sinks are met by :meth:`sink_queries` in sequences of so many tokens."""
+        return self.sink_distance is not None and self.sinks > 0 and tokens - 1 > self.sink_distance
+
+    def sink_queries(
+        self,
+        q: Tensor,
+        rotation: Rotation | None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: AttentionState | None = None,
+    ) -> Tensor | None:
+        """What sinks behind the window meet of queries ``[B, T, H, D]``: those at position t, turned to min(t, P).
+
+        P is ``sink_distance``; positions count the real tokens of each sequence. With P = window + sinks − 1 sinks and
+        window stand side by side (arXiv:2309.17453).
+
+        Args:
+            rotation: the rotary embedding that q comes from. state: the memory of the tokens before.
+            mask, cu_seqlens: as of :meth:`forward`, in the shape of q.
+
+        Returns:
+            None where the layer embeds nothing.
+
+        Raises:
+            ConversionError: there is no ``rotation``.
+        """
+        assert self.sink_distance is not None
+        if rotation is None:
+            raise _without_rotation(*SINK_DISTANCE)
+        if rotation.angles is None:
+            return None
+        at = _positions(q.shape[1], mask, cu_seqlens, state, q.device)
+        return rotation.back(q, (at - self.sink_distance).clamp_min(0))
 
     def forward(
         self,
@@ -157,7 +193,7 @@ class ConvertedAttention(nn.Module):
             mask: ``[B, T]`` bool, True for real tokens.
             cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens.
             cache_layer: where the state is read from and stored to.
-            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs`.
+            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs` and :meth:`sink_queries`.
 
         Returns:
             ``[B, T, H, V]``.
@@ -186,6 +222,10 @@ class ConvertedAttention(nn.Module):
             q, k, v = (t.reshape(1, -1, *t.shape[2:]) for t in (q, k, v))
             q_far, k_far = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (q_far, k_far))
             mask = None if mask is None else mask.reshape(1, -1)
+        state = None if cache_layer is None else cache_layer.fetch(shape[1], q.device)
+        q_sink = None
+        if self.moves_sinks(shape[1] if cache_layer is None else cache_layer.most_seen):
+            q_sink = self.sink_queries(q, rotation, mask=mask, cu_seqlens=cu_seqlens, state=state)
         result = kernel_attention(
             q,
             k,
@@ -201,10 +241,11 @@ class ConvertedAttention(nn.Module):
             sink_logits=sink_logits,
             q_far=q_far,
             k_far=k_far,
+            q_sink=q_sink,
             causal=self.causal,
             mask=mask,
             cu_seqlens=cu_seqlens,
-            state=None if cache_layer is None else cache_layer.fetch(shape[1], q.device),
+            state=state,
             return_state=cache_layer is not None,
             lookback=0 if cache_layer is None else cache_layer.lookback,
         )
@@ -214,7 +255,28 @@ class ConvertedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
-        return ", ".join([*parts, f"far_rope={self.far_rope}"])
+        parts += [f"far_rope={self.far_rope}"]
+        return ", ".join(parts if self.sink_distance is None else [*parts, f"sink_distance={self.sink_distance}"])
+
+
+def _without_rotation(option: str, remedy: str) -> ConversionError:
+    return ConversionError(
+        f"{option}: the layer was called without the rotary embedding to undo, which its attention module hands over "
+        f"once a call. If that module attends several times a call, convert it with {remedy}."
+    )
+
+
+def _positions(
+    length: int, mask: Tensor | None, cu_seqlens: Tensor | None, state: AttentionState | None, device: torch.device
+) -> Tensor:
+    """``[B | 1, T]`` place of each token among the real ones of its sequence."""
+    at = torch.arange(length, device=device)[None] if mask is None else mask.cumsum(1) - 1
+    if cu_seqlens is not None:
+        first = cu_seqlens[:-1].clamp_max(length - 1)
+        before = first if mask is None else at[0, first] + 1 - mask[0, first].long()
+        slots = torch.arange(length, device=device)
+        at = at - before[torch.searchsorted(cu_seqlens, slots, right=True).clamp(1, len(before)) - 1]
+    return at if state is None else at + state.length[:, None]
 
 
 @contextlib.contextmanager
@@ -508,8 +570,9 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     handover: Handover = module.__dict__[CACHE_ATTRIBUTE]
     handover.layer, handover.spent = None if cache is None else adopt(cache, layer_idx), False
     converted: Any = module._modules[NAME]
-    if not converted.far_rope:
-        module.__dict__[ROTATION_ATTRIBUTE] = rotation_of(module, args, kwargs)
+    if not converted.far_rope or converted.sink_distance is not None:
+        asked = SINK_DISTANCE if converted.far_rope else FAR_ROPE
+        module.__dict__[ROTATION_ATTRIBUTE] = rotation_of(module, args, kwargs, asked)
 
 
 AttentionInterface.register(NAME, attention_forward)

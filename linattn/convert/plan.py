@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from linattn.feature_maps import FeatureMap, SequenceMap, get, make
 from linattn.feature_maps.registry import option_names
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 FORMAT = 1
@@ -46,6 +45,8 @@ class LayerPlan:
         native_window: the layer's own sliding window, or None.
         far_rope: False lets the feature map, and the gates, read queries and keys before rotary embedding; window and
             sinks read them after it.
+        sink_distance: tokens of rotary distance that sinks behind the window keep at most: a query at position t meets
+            them as if it stood at min(t, sink_distance). None: their own distance.
         notes: what changes beyond the attention itself.
     """
 
@@ -67,6 +68,7 @@ class LayerPlan:
     decay: str | None = None
     native_window: int | None = None
     far_rope: bool = True
+    sink_distance: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -156,6 +158,8 @@ class ConversionPlan:
         rows = [header]
         for layer in self.layers:
             notes = [*layer.notes, "no rotary embedding in the far branch"] if not layer.far_rope else layer.notes
+            if layer.sink_distance is not None:
+                notes = [*notes, f"sinks at most {layer.sink_distance} tokens away"]
             why = "; ".join([layer.reason] * bool(layer.reason) + notes)
             heads = f"{layer.heads}/{layer.kv_heads}×{layer.head_dim}" if layer.heads else ""
             how = ("softmax", "", "", "", why)
@@ -173,10 +177,11 @@ def plan_model(
     model: PreTrainedModel,
     *,
     feature_map: MapSpec = "hedgehog",
-    window: int = 128,
+    window: int | Sequence[int] = 128,
     sinks: int = 4,
     decay: str | None = None,
     far_rope: bool = True,
+    sink_distance: int | None = None,
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
@@ -190,10 +195,13 @@ def plan_model(
         feature_map: a registered name, a :class:`~linattn.feature_maps.FeatureMap` class, or a factory that is called
             with each layer's plan once, to learn the name and options of the map it returns. None leaves the far branch
             out: a sliding window with sinks, without parameters of its own.
-        window: tokens attended exactly. sinks: first tokens attended exactly by all.
+        window: tokens attended exactly; a list has one for each attention layer of the model, in order, kept ones
+            included. sinks: first tokens attended exactly by all.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
         far_rope: False keeps rotary embedding out of the far branch; see :class:`LayerPlan`. Layers that say they have
             none (``use_rope``) are left at True.
+        sink_distance: bounds the rotary distance of sinks, which else grows beyond what a model was trained on; see
+            :class:`LayerPlan`. Layers that say they have no rotary embedding are left at None.
         feature_map_options: options of the feature map. A map that takes a ``seed`` and is given none gets the layer's
             index, so that every layer draws its own.
         layers: indices of the attention layers to convert; default all that can be.
@@ -205,16 +213,20 @@ def plan_model(
 
     Raises:
         ConversionError: nothing can be converted, or a layer cannot, or it has no rotary embedding that the far branch
-            could do without; layer, class, reason and remedy are named.
+            could do without, or sinks be brought nearer by; layer, class, reason and remedy are named.
         OptionError: an option is outside its domain.
         FeatureMapError: the feature map is unknown, or refuses its options.
     """
     from linattn.convert.seam import find_attention
 
-    _check_options(window, sinks, decay, far_rope, native_sliding, on_unsupported)
     found = list(find_attention(model))
     modules = {layer.index: module for layer, module in found}
     entries = [layer for layer, _ in found]
+    windows = list(window) if isinstance(window, Sequence) else [window] * len(entries)
+    if len(windows) != len(entries):
+        raise OptionError(f"window: got {len(windows)} of them, the model has {len(entries)} attention layers.")
+    for each in dict.fromkeys(windows) or [0]:
+        _check_options(each, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
     _check_indices("layers", chosen or (), entries)
@@ -233,9 +245,9 @@ def plan_model(
         elif layer.native_window is not None and native_sliding == "keep":
             layer.kind, layer.reason = "keep", f"has a sliding window of its own ({layer.native_window})"
         else:
-            _fill(layer, feature_map, feature_map_options or {}, window, sinks, decay)
-            if not far_rope and getattr(modules[layer.index], "use_rope", True):
-                _without_rope(layer, modules[layer.index])
+            _fill(layer, feature_map, feature_map_options or {}, windows[layer.index], sinks, decay)
+            if getattr(modules[layer.index], "use_rope", True):
+                _settle_rope(layer, model, far_rope, sink_distance)
     plan = ConversionPlan(model.config.model_type, entries)
     # A layer that is linear already is no obstacle to converting the others.
     blocking = [layer for layer in refused if layer.reason != LINEAR]
@@ -289,18 +301,29 @@ def _fill(
         layer.notes.append(f"{layer.feature_map} replaces the attention as a whole: no window, no sinks")
 
 
-def _without_rope(layer: LayerPlan, module: nn.Module) -> None:
-    from linattn.convert.rotary import embedding_of
+def _settle_rope(layer: LayerPlan, model: PreTrainedModel, far_rope: bool, sink_distance: int | None) -> None:
+    from linattn.convert.rotary import SINK_DISTANCE, embedding_of, rotary_of
 
+    module = model.get_submodule(layer.path)
     try:
-        embedding_of(module)
+        if not far_rope:
+            embedding_of(module)
+        if sink_distance is not None:
+            embedding_of(module, SINK_DISTANCE)
+            rotary_of(model, layer.path)
     except ConversionError as error:
         raise ConversionError(f"{layer.path}: {error}") from error
-    layer.far_rope = False
+    layer.far_rope, layer.sink_distance = far_rope, sink_distance
 
 
 def _check_options(
-    window: int, sinks: int, decay: str | None, far_rope: bool, native_sliding: str, on_unsupported: str
+    window: int,
+    sinks: int,
+    decay: str | None,
+    far_rope: bool,
+    sink_distance: int | None,
+    native_sliding: str,
+    on_unsupported: str,
 ) -> None:
     for name, value in (("window", window), ("sinks", sinks)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -309,10 +332,19 @@ def _check_options(
         raise OptionError(f"decay: got {decay!r}, expected one of {', '.join(map(repr, DECAYS))}.")
     if not isinstance(far_rope, bool):
         raise OptionError(f"far_rope: got {far_rope!r}, expected True or False.")
+    _check_sink_distance(sink_distance, sinks)
     if native_sliding not in ("keep", "convert"):
         raise OptionError(f"native_sliding: got {native_sliding!r}, expected 'keep' or 'convert'.")
     if on_unsupported not in ("error", "keep"):
         raise OptionError(f"on_unsupported: got {on_unsupported!r}, expected 'error' or 'keep'.")
+
+
+def _check_sink_distance(sink_distance: int | None, sinks: int) -> None:
+    if sink_distance is not None:
+        if isinstance(sink_distance, bool) or not isinstance(sink_distance, int) or sink_distance < sinks:
+            raise OptionError(f"sink_distance: got {sink_distance!r}, expected None or an integer ≥ sinks = {sinks}.")
+        if not sinks:
+            raise OptionError("sink_distance: bounds the distance of sinks; set sinks > 0, or leave it None.")
 
 
 def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan]) -> None:
@@ -324,13 +356,18 @@ def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan
 def _check_layer(layer: LayerPlan) -> None:
     if not layer.supported:
         raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
-    _check_options(layer.window, layer.sinks, layer.decay, layer.far_rope, "keep", "error")
+    _check_options(layer.window, layer.sinks, layer.decay, layer.far_rope, None, "keep", "error")
+    if layer.sink_distance is not None and not layer.causal:
+        raise ConversionError(
+            f"sink_distance: {layer.path} ({layer.attention}) is bidirectional; use sink_distance=None."
+        )
     if layer.feature_map is None:
         given = {"decay": layer.decay, "far_rope": not layer.far_rope, "feature_map_options": layer.feature_map_options}
         if named := [name for name, value in given.items() if value]:
             raise OptionError(f"{layer.path}: feature_map=None leaves out the far branch that {named[0]} is for.")
         if layer.window < 1:
             raise OptionError(f"{layer.path}: kind='convert' needs a feature_map, or without one a window ≥ 1.")
+        _check_sink_distance(layer.sink_distance, layer.sinks)
         return
     try:
         built = make(
@@ -350,6 +387,12 @@ def _check_layer(layer: LayerPlan) -> None:
             f"far_rope: {layer.path}: {layer.feature_map} replaces the attention as a whole and has no far branch that "
             "could read other queries and keys; use far_rope=True."
         )
+    if layer.sink_distance is not None and isinstance(built, SequenceMap):
+        raise OptionError(
+            f"sink_distance: {layer.path}: {layer.feature_map} replaces the attention as a whole and has no sinks; use "
+            "sink_distance=None."
+        )
+    _check_sink_distance(layer.sink_distance, layer.sinks)
     if layer.causal and not built.causal:
         raise ConversionError(
             f"{layer.path} ({layer.attention}) is causal, and {layer.feature_map!r} mixes tokens along the sequence; "

@@ -2,7 +2,8 @@
 
 The inverse of an embedding is the family's own function with the angles negated, whatever its convention: halves or
 pairs, all of a head or a part of it, scaled or not. That a module's queries and keys are what this inverts, and nothing
-that comes after it, is tried out on the module itself before its first call.
+that comes after it, is tried out on the module itself before its first call. The angles by which queries are turned
+back some tokens are those that the model's own rotary module makes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linattn.convert.seam import _layer_type
 from linattn.errors import ConversionError
 
 EMBED = "apply_rotary_pos_emb"
@@ -24,8 +26,16 @@ PROBE_ATTRIBUTE = "_linattn_probe"
 """Set on an attention module while :func:`verify` wants its queries and keys, not its output."""
 TURNS_ATTRIBUTE = "_linattn_turns"
 """Set on an attention module by :func:`verify`: whether it embeds at all; some layers of some families do not."""
+ROTARY_ATTRIBUTE = "_linattn_rotary"
+"""Holds the module that makes the angles of an attention module, where sinks keep a bounded distance."""
 PROBE = 5
 """Tokens that a module is tried with."""
+
+FAR_ROPE = ("far_rope=False", "far_rope=True")
+SINK_DISTANCE = ("sink_distance", "sink_distance=None")
+"""What a refusal names, and the remedy: options of a conversion that need to know the rotary embedding."""
+VARYING = ("dynamic", "longrope")
+"""Kinds of embedding whose frequencies depend on the sequence's length: two positions have no angle between them."""
 
 Embed = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 _EMBEDDINGS: dict[type[nn.Module], Embed] = {}
@@ -45,6 +55,9 @@ class Rotation:
     cos: Tensor
     sin: Tensor
     size: int | None = None
+    angles: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """Cosines and sines ``[B, T, R]``, in the dtype of its first argument, at positions ``[B, T]``; None where nobody
+    asked for them, or nothing is embedded."""
 
     def undo(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[B, T, H, D]`` and keys ``[B, T, Hkv, D]`` before the embedding; computed in float32 at least.
@@ -55,13 +68,25 @@ class Rotation:
         wide = torch.promote_types(q.dtype, torch.float32)
         cos, sin = self.cos.to(wide), self.sin.to(wide)
         square = cos.square() + sin.square()
-        q_first, k_first = (x.to(wide).transpose(1, 2) for x in (q, k))
-        done = self.embed(q_first[..., : self.size], k_first[..., : self.size], cos / square, -sin / square)
+        return self._turn(q, k, cos / square, -sin / square)
+
+    def back(self, q: Tensor, tokens: Tensor) -> Tensor:
+        """Queries ``[B, T, H, D]`` as they would be so many ``tokens [B | 1, T]`` earlier; where 0, the same bits."""
+        assert self.angles is not None
+        like = q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+        cos, sin = (x.to(q.device) for x in self.angles(like, tokens))
+        size = torch.rsqrt(cos.square() + sin.square())
+        turned = self._turn(q, q[:, :, :0], cos * size, -sin * size)[0]
+        return torch.where(tokens[..., None, None] > 0, turned, q)
+
+    def _turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        q_first, k_first = (x.to(cos.dtype).transpose(1, 2) for x in (q, k))
+        done = self.embed(q_first[..., : self.size], k_first[..., : self.size], cos, sin)
         if self.size is not None:
             rest = (x[..., self.size :] for x in (q_first, k_first))
             done = tuple(torch.cat(parts, -1) for parts in zip(done, rest, strict=True))  # type: ignore[assignment]
-        q_far, k_far = (x.transpose(1, 2).to(q.dtype) for x in done)
-        return q_far, k_far
+        q_done, k_done = (x.transpose(1, 2).to(q.dtype) for x in done)
+        return q_done, k_done
 
 
 class Seen(Exception):
@@ -71,8 +96,8 @@ class Seen(Exception):
         self.query, self.key = query.transpose(1, 2), key.transpose(1, 2)
 
 
-def embedding_of(module: nn.Module) -> Embed:
-    """The function by which ``module`` embeds its queries and keys.
+def embedding_of(module: nn.Module, asked: tuple[str, str] = FAR_ROPE) -> Embed:
+    """The function by which ``module`` embeds its queries and keys. ``asked``: the option that needs it, the remedy.
 
     Raises:
         ConversionError: it embeds none, or in a way that is not known here.
@@ -87,9 +112,9 @@ def embedding_of(module: nn.Module) -> Embed:
     known = takes[:4] == ["q", "k", "cos", "sin"] or takes[1:3] == ["cos", "sin"]
     if EMBED not in forward.__code__.co_names or not (named and known):
         raise ConversionError(
-            f"far_rope=False: {kind.__name__} does not embed its queries and keys by {EMBED}(q, k, cos, sin) "
+            f"{asked[0]}: {kind.__name__} does not embed its queries and keys by {EMBED}(q, k, cos, sin) "
             "from position_embeddings: there is no rotary embedding to undo, or none of a known form. Use "
-            "far_rope=True, which changes nothing for a layer without rotary embedding."
+            f"{asked[1]}, which changes nothing for a layer without rotary embedding."
         )
     _EMBEDDINGS[kind] = embed if takes[1] == "k" else functools.partial(_each, embed)
     return _EMBEDDINGS[kind]
@@ -99,7 +124,46 @@ def _each(embed: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tenso
     return embed(q, cos, sin), embed(k, cos, sin)
 
 
-def rotation_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation:
+def rotary_of(model: nn.Module, path: str) -> nn.Module:
+    """The module that makes the angles of the attention module at ``path``: the nearest ``rotary_emb`` above it.
+
+    Raises:
+        ConversionError: there is none of a known form, or its frequencies depend on the sequence's length.
+    """
+    parts = path.split(".")
+    above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
+    rotary = next((module for m in above if (module := m._modules.get("rotary_emb")) is not None), None)
+    module = model.get_submodule(path)
+    kind = type(module).__name__
+    takes = [] if rotary is None else list(inspect.signature(inspect.unwrap(type(rotary).forward)).parameters)[1:]
+    if rotary is None or takes not in (["x", "position_ids"], ["x", "position_ids", "layer_type"]):
+        raise ConversionError(
+            f"sink_distance: no module above {kind} makes its angles as rotary_emb(x, position_ids) does. Use "
+            "sink_distance=None."
+        )
+    rope_type: Any = getattr(rotary, "rope_type", None)
+    if isinstance(rope_type, dict):
+        rope_type = rope_type.get(_layer_type(module, getattr(module, "config", None)))
+    if rope_type in VARYING:
+        raise ConversionError(
+            f"sink_distance: the angles of {kind} (rope_type={rope_type!r}) depend on the sequence's length, and sinks "
+            "keep no distance. Use sink_distance=None."
+        )
+    return rotary
+
+
+def _angles_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    rotary = module.__dict__.get(ROTARY_ATTRIBUTE)
+    if rotary is None:
+        return None
+    takes = inspect.signature(inspect.unwrap(type(rotary).forward)).parameters
+    options = {"layer_type": _layer_type(module, module.config)} if "layer_type" in takes else {}
+    return functools.partial(rotary, **options)
+
+
+def rotation_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], asked: tuple[str, str] = FAR_ROPE
+) -> Rotation:
     """The rotary embedding that ``module``, called with these arguments, puts its queries and keys through.
 
     Raises:
@@ -110,21 +174,51 @@ def rotation_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         pair = next((x for x in args if isinstance(x, tuple)), None)
     if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) and x.ndim == 3 for x in pair)):
         raise ConversionError(
-            f"far_rope=False: {type(module).__name__} was called without position_embeddings of cosines and sines "
-            "[B, T, R]; convert the model with far_rope=True."
+            f"{asked[0]}: {type(module).__name__} was called without position_embeddings of cosines and sines "
+            f"[B, T, R]; convert the model with {asked[1]}."
         )
     size: Any = getattr(module, "rotary_ndims", None)
-    rotation = Rotation(embedding_of(module), *pair, size=size if isinstance(size, int) else None)
+    size = size if isinstance(size, int) else None
+    rotation = Rotation(embedding_of(module, asked), *pair, size=size, angles=_angles_of(module))
     if TURNS_ATTRIBUTE not in module.__dict__:
-        verify(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], rotation)
+        if rotation.angles is not None:
+            verify_angles(module, rotation, kwargs.get("position_ids"))
+        verify(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], rotation, asked)
     if module.__dict__.get(TURNS_ATTRIBUTE, True):
         return rotation
-    return dataclasses.replace(rotation, cos=torch.ones_like(rotation.cos), sin=torch.zeros_like(rotation.sin))
+    cos, sin = torch.ones_like(rotation.cos), torch.zeros_like(rotation.sin)
+    return dataclasses.replace(rotation, cos=cos, sin=sin, angles=None)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None:
+def verify_angles(module: nn.Module, rotation: Rotation, position_ids: Tensor | None) -> None:
+    """Compare the angles of the module's call with those that its rotary module makes at the positions of that call.
+
+    Raises:
+        ConversionError: they differ, or the positions, one for each token, are not told.
+    """
+    told = isinstance(position_ids, Tensor) and position_ids.ndim == 2
+    if told and rotation.cos.is_meta:
+        return
+    if told and rotation.angles is not None:
+        found = rotation.angles(rotation.cos, position_ids)
+        bound = 16 * torch.finfo(rotation.cos.dtype).eps
+        if all(
+            torch.allclose(a.to(b.device), b, 0, bound)
+            for a, b in zip(found, (rotation.cos, rotation.sin), strict=True)
+        ):
+            return
+    raise ConversionError(
+        f"sink_distance: {type(module).__name__} was called "
+        + ("with other angles than its rotary_emb makes" if told else "without position_ids [B, T] beside its angles")
+        + "; convert the model with sink_distance=None."
+    )
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation, asked: tuple[str, str] = FAR_ROPE) -> None:
     """Try on random tokens that undoing the rotary embedding gives the queries and keys without one, once for a module.
 
     Raises:
@@ -140,16 +234,17 @@ def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None
     cos, sin = cos * more.cos() - sin * more.sin(), sin * more.cos() + cos * more.sin()
     cos, sin = cos.to(rotation.cos.dtype), sin.to(rotation.sin.dtype)
     turned = dataclasses.replace(rotation, cos=cos, sin=sin)
-    q, k = _seen(module, tokens, turned)
-    plain = _seen(module, tokens, dataclasses.replace(rotation, cos=torch.ones_like(cos), sin=torch.zeros_like(sin)))
+    q, k = _seen(module, tokens, turned, asked)
+    untouched = dataclasses.replace(rotation, cos=torch.ones_like(cos), sin=torch.zeros_like(sin))
+    plain = _seen(module, tokens, untouched, asked)
     turns = not (torch.equal(q, plain[0]) and torch.equal(k, plain[1]))
     if turns:
         try:
             undone = turned.undo(q, k)
         except RuntimeError as reason:
             raise ConversionError(
-                f"far_rope=False: the rotary embedding of {type(module).__name__} cannot be undone ({reason}); convert "
-                "the model with far_rope=True."
+                f"{asked[0]}: the rotary embedding of {type(module).__name__} cannot be undone ({reason}); convert "
+                f"the model with {asked[1]}."
             ) from reason
         # Some families embed in float32 whatever the model's dtype is.
         bound = 16 * max(torch.finfo(q.dtype).eps, torch.finfo(torch.float32).eps)
@@ -157,14 +252,14 @@ def verify(module: nn.Module, hidden_states: Tensor, rotation: Rotation) -> None
             error = (found - want).abs().max() / want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
             if not error <= bound:
                 raise ConversionError(
-                    f"far_rope=False: undoing the rotary embedding of {type(module).__name__} leaves a relative error "
+                    f"{asked[0]}: undoing the rotary embedding of {type(module).__name__} leaves a relative error "
                     f"of {error.item():.1g} in its {name}: they pass through more than that (a norm after it, say). "
-                    "Convert the model with far_rope=True."
+                    f"Convert the model with {asked[1]}."
                 )
     module.__dict__[TURNS_ATTRIBUTE] = turns
 
 
-def _seen(module: nn.Module, tokens: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+def _seen(module: nn.Module, tokens: Tensor, rotation: Rotation, asked: tuple[str, str]) -> tuple[Tensor, Tensor]:
     """Queries and keys that ``module`` makes of ``tokens`` under ``rotation``."""
     given: dict[str, Any] = {"hidden_states": tokens, "position_embeddings": (rotation.cos, rotation.sin)}
     parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
@@ -179,11 +274,11 @@ def _seen(module: nn.Module, tokens: Tensor, rotation: Rotation) -> tuple[Tensor
         return seen.query, seen.key
     except Exception as error:
         raise ConversionError(
-            f"far_rope=False: {type(module).__name__} could not be tried without its rotary embedding "
-            f"({type(error).__name__}: {error}); convert the model with far_rope=True."
+            f"{asked[0]}: {type(module).__name__} could not be tried without its rotary embedding "
+            f"({type(error).__name__}: {error}); convert the model with {asked[1]}."
         ) from error
     finally:
         del module.__dict__[PROBE_ATTRIBUTE]
     raise ConversionError(
-        f"far_rope=False: {type(module).__name__} did not call its attention function; convert with far_rope=True."
+        f"{asked[0]}: {type(module).__name__} did not call its attention function; convert with {asked[1]}."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -27,7 +27,7 @@ from linattn.convert.hf import (
     hand_over,
 )
 from linattn.convert.plan import ConversionPlan, LayerPlan, MapSpec, plan_model
-from linattn.convert.rotary import TURNS_ATTRIBUTE, embedding_of
+from linattn.convert.rotary import FAR_ROPE, ROTARY_ATTRIBUTE, SINK_DISTANCE, TURNS_ATTRIBUTE, embedding_of, rotary_of
 from linattn.convert.seam import find_attention
 from linattn.errors import CheckpointError, ConversionError, OptionError
 
@@ -41,10 +41,11 @@ def convert_model(
     model: Model,
     *,
     feature_map: MapSpec = "hedgehog",
-    window: int = 128,
+    window: int | Sequence[int] = 128,
     sinks: int = 4,
     decay: str | None = None,
     far_rope: bool = True,
+    sink_distance: int | None = None,
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
@@ -54,12 +55,12 @@ def convert_model(
 ) -> Model:
     """Replace the softmax attention of a transformers model by linear attention, in place.
 
-    Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks`` first
-    ones exactly and the rest through a feature map (see :func:`linattn.kernels.kernel_attention`). For sequences of up
-    to ``window + sinks`` tokens (bidirectional: ``window``) the logits are the original's. Projections, rotary
-    embedding, norms, softcaps, learned sink logits, tied weights, dtype and device stay as they are; the new parameters
-    live in ``<attention>.linattn``. The model's class becomes a subclass of the one it had, and its cache a
-    constant-size one.
+    Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks``
+    first ones exactly and the rest through a feature map (see :func:`linattn.kernels.kernel_attention`). For
+    sequences of up to ``window + sinks`` tokens (bidirectional: ``window``; the least window of all layers) the
+    logits are the original's. Projections, rotary embedding, norms, softcaps, learned sink logits, tied weights,
+    dtype and device stay as they are; the new parameters live in ``<attention>.linattn``. The model's class becomes
+    a subclass of the one it had, and its cache a constant-size one.
 
     Args:
         model: any ``PreTrainedModel`` whose attention goes through the interface, causal or bidirectional.
@@ -90,6 +91,7 @@ def convert_model(
         "sinks": sinks,
         "decay": decay,
         "far_rope": far_rope,
+        "sink_distance": sink_distance,
         "feature_map_options": feature_map_options,
         "layers": layers,
         "keep_softmax": keep_softmax,
@@ -109,7 +111,7 @@ def convert_model(
         converted_model_class(type(submodel))
     register_model_type(model.config.model_type)
     # Everything that can fail has been tried once the layers are built; installing them only sets attributes.
-    children = {layer.path: _build(layer, model.get_submodule(layer.path)) for layer in plan.converted}
+    children = {layer.path: _build(layer, model) for layer in plan.converted}
     configs = _own_configs(model, plan)
     setattr(model, _DROPPED, _drop_gguf_quantizer(model))
     _attach(model, plan, children)
@@ -129,7 +131,7 @@ def revert_model(model: Model) -> Model:
     implementation = {}
     for module in model.modules():
         kept = module.__dict__.pop(KEPT_ATTRIBUTE, None)
-        for name in (CACHE_ATTRIBUTE, ROTATION_ATTRIBUTE, TURNS_ATTRIBUTE):
+        for name in (CACHE_ATTRIBUTE, ROTATION_ATTRIBUTE, ROTARY_ATTRIBUTE, TURNS_ATTRIBUTE):
             module.__dict__.pop(name, None)
         if kept is None:
             continue
@@ -160,7 +162,7 @@ def install(model: PreTrainedModel, plan: ConversionPlan) -> None:
         paths = {layer.path: _resolve(model, layer.path) for layer in plan.layers}
         for layer in plan.layers:
             layer.path = paths[layer.path]
-        children = {layer.path: _build(layer, model.get_submodule(layer.path)) for layer in plan.converted}
+        children = {layer.path: _build(layer, model) for layer in plan.converted}
     except (ConversionError, OptionError, AttributeError) as error:
         raise CheckpointError(
             f"The checkpoint's conversion plan does not fit {type(model).__name__}: {error}"
@@ -183,17 +185,22 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
         module = model.get_submodule(path)
         module.add_module(NAME, child)
         module.__dict__[CACHE_ATTRIBUTE] = Handover()
+        if child.sink_distance is not None:
+            module.__dict__[ROTARY_ATTRIBUTE] = rotary_of(model, path)
         module.register_forward_pre_hook(hand_over, with_kwargs=True)
     for submodel in _submodels(model):
         if not isinstance(submodel, ConvertedModel):
             submodel.__class__ = converted_model_class(type(submodel))
 
 
-def _build(layer: LayerPlan, module: nn.Module) -> ConvertedAttention:
+def _build(layer: LayerPlan, model: PreTrainedModel) -> ConvertedAttention:
+    module = model.get_submodule(layer.path)
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
-    if not layer.far_rope:
-        embedding_of(module)
+    if not layer.far_rope or layer.sink_distance is not None:
+        embedding_of(module, SINK_DISTANCE if layer.far_rope else FAR_ROPE)
+    if layer.sink_distance is not None:
+        rotary_of(model, layer.path)
     return ConvertedAttention(layer, device=device, dtype=dtype).train(module.training)
 
 

@@ -102,7 +102,7 @@ class Stage:
 
 
 class Batch(NamedTuple):
-    """Tokens of one forward pass.
+    """Windows that are read side by side.
 
     Attributes:
         tokens: ``[B, T]`` int64 without padding.

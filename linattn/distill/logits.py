@@ -17,20 +17,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
+from linattn.convert import prepare_cache
+from linattn.convert.cache import decoder_cache, detach
 from linattn.distill.data import Progress, Windows
 from linattn.distill.engine import Batch, Objective, Stage, own_randomness, write_atomically
 from linattn.distill.layers import trainable_layers
-from linattn.errors import CheckpointError, OptionError
+from linattn.errors import CheckpointError, OptionError, UnsupportedError
 
 PARTS = ("maps", "lora", "attention", "all")
 CACHE_FORMAT = "linattn-teacher-1"
 DESCRIPTION = "teacher.json"
 
 Divergence = Callable[[Tensor, slice], Tensor]
-"""(logits ``[n, V]`` of a slice of a batch's tokens, that slice) → KL ``[n]`` from the teacher, in nats."""
+"""(logits ``[n, V]`` of a slice of a piece's tokens, that slice) → KL ``[n]`` from the teacher, in nats."""
 
 
 def forward_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -117,33 +121,58 @@ class _ChunkedMean(torch.autograd.Function):
 class Teacher(Protocol):
     """What the student's predictions are held against."""
 
-    def read(self, batch: Batch, temperature: float) -> Divergence:
-        """The divergence of the batch's ``B · T`` tokens, rows of the batch one after the other."""
+    def read(self, batch: Batch, temperature: float) -> Callable[[slice], Divergence]:
+        """A piece of the windows, n of their tokens → the divergence of its ``B · n`` tokens, row after row."""
         ...
 
 
 class ModelTeacher:
-    """A second model, which reads every batch too."""
+    """A second model, which reads every batch too.
 
-    def __init__(self, model: nn.Module, sample: Tensor) -> None:
-        self.model = model
+    Args:
+        model: the teacher.
+        sample: ``[B, T]`` tokens to try it on.
+        context: tokens it reads for a piece, those before it included; 0 for the whole window at once.
+    """
+
+    def __init__(self, model: nn.Module, sample: Tensor, context: int = 0) -> None:
+        self.model, self.context = model, context
         self.body, self.head = body_and_head(model, sample)
 
     @torch.no_grad()
-    def read(self, batch: Batch, temperature: float) -> Divergence:
-        hidden = self.body(batch.tokens.to(next(self.model.parameters()).device)).flatten(0, 1)
+    def hidden(self, tokens: Tensor) -> Callable[[slice], Tensor]:
+        """A piece of windows ``[B, T]``, n of their tokens → ``[B, n, d]``."""
+        tokens = tokens.to(next(self.model.parameters()).device)
+        if not self.context:
+            whole = self.body(tokens)
+            return lambda piece: whole[:, piece]
 
-        def divergence(logits: Tensor, rows: slice) -> Tensor:
-            with torch.no_grad():
-                teacher = self.head(hidden[rows]).to(logits.device)
-            if teacher.shape != logits.shape:
-                raise OptionError(
-                    f"teacher: predicts {teacher.shape[-1]} tokens, the student {logits.shape[-1]}; it must be the "
-                    "model that was converted, or one with the same vocabulary."
-                )
-            return forward_kl(logits, teacher, temperature=temperature)
+        @torch.no_grad()
+        def of(piece: slice) -> Tensor:
+            seen = tokens[:, max(0, piece.stop - self.context) : piece.stop]
+            return self.body(seen)[:, piece.start - piece.stop :]
 
-        return divergence
+        return of
+
+    def read(self, batch: Batch, temperature: float) -> Callable[[slice], Divergence]:
+        states = self.hidden(batch.tokens)
+
+        def of(piece: slice) -> Divergence:
+            hidden = states(piece).flatten(0, 1)
+
+            def divergence(logits: Tensor, rows: slice) -> Tensor:
+                with torch.no_grad():
+                    teacher = self.head(hidden[rows]).to(logits.device)
+                if teacher.shape != logits.shape:
+                    raise OptionError(
+                        f"teacher: predicts {teacher.shape[-1]} tokens, the student {logits.shape[-1]}; it must be the "
+                        "model that was converted, or one with the same vocabulary."
+                    )
+                return forward_kl(logits, teacher, temperature=temperature)
+
+            return divergence
+
+        return of
 
 
 class CachedTeacher:
@@ -155,6 +184,7 @@ class CachedTeacher:
     Attributes:
         windows: how many there are. k: tokens kept of each prediction. length: tokens of a window.
         temperature: at which the teacher predicted.
+        segment, teacher_context: what the teacher read, as in :class:`Logits`.
 
     Raises:
         CheckpointError: there is no such folder, or it was not finished.
@@ -168,20 +198,26 @@ class CachedTeacher:
                 raise CheckpointError(f"{path}: format {about['format']!r}, expected {CACHE_FORMAT!r}.")
             self.windows, self.k, self.length = (int(about[name]) for name in ("windows", "k", "length"))
             self.temperature, self.shard = float(about["temperature"]), int(about["shard"])
+            self.segment, self.teacher_context = (int(about.get(name, 0)) for name in ("segment", "teacher_context"))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: no finished cache of a teacher there: {error!r}.") from error
 
-    def read(self, batch: Batch, temperature: float) -> Divergence:
+    def read(self, batch: Batch, temperature: float) -> Callable[[slice], Divergence]:
         if temperature != self.temperature:
             raise OptionError(f"temperature: got {temperature}, the teacher was cached at {self.temperature}.")
         held = [self._window(window, row) for window, row in zip(batch.windows, batch.tokens, strict=True)]
-        indices, log_probs = (torch.cat(parts) for parts in zip(*held, strict=True))
+        found = [torch.stack(parts) for parts in zip(*held, strict=True)]
 
-        def divergence(logits: Tensor, rows: slice) -> Tensor:
-            where = logits.device
-            return top_k_kl(logits, indices[rows].to(where), log_probs[rows].to(where), temperature=temperature)
+        def of(piece: slice) -> Divergence:
+            indices, log_probs = (t[:, piece].flatten(0, 1) for t in found)
 
-        return divergence
+            def divergence(logits: Tensor, rows: slice) -> Tensor:
+                where = logits.device
+                return top_k_kl(logits, indices[rows].to(where), log_probs[rows].to(where), temperature=temperature)
+
+            return divergence
+
+        return of
 
     def _window(self, window: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Indices ``[T, k]`` int64 and log-probabilities ``[T, k + 1]`` of one window."""
@@ -212,6 +248,8 @@ def cache_teacher(
     k: int = 64,
     out: str | os.PathLike[str],
     temperature: float = 1.0,
+    segment: int = 0,
+    teacher_context: int = 0,
     shard: int = 256,
     progress: Progress | None = None,
 ) -> CachedTeacher:
@@ -227,21 +265,26 @@ def cache_teacher(
         k: tokens kept of each prediction, less than the vocabulary.
         out: the folder to write.
         temperature: of the softmax; the stage must use the same.
+        segment, teacher_context: what the teacher reads, as in :class:`Logits`; the stage must use the same.
         shard: windows a file.
         progress: called with (windows done, windows in all).
     """
+    _check_context(segment, teacher_context)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
     device = next(model.parameters()).device
     with evaluating(model):
-        body, head = body_and_head(model, data[0][None].to(device))
+        teacher = ModelTeacher(model, data[0][None, :16].to(device), teacher_context)
         for start in range(0, windows, shard):
             rows: list[tuple[Tensor, ...]] = []
             for window in range(start, min(start + shard, windows)):
                 tokens = data[window]
-                hidden = body(tokens[None].to(device))[0]
-                parts = [_top_k(head(h), k, temperature) for h in hidden.split(tokens_at_once(head, hidden))]
+                states, parts = teacher.hidden(tokens[None]), []
+                for piece in _pieces(data.length, segment):
+                    hidden = states(piece)[0]
+                    some = hidden.split(tokens_at_once(teacher.head, hidden))
+                    parts += [_top_k(teacher.head(h), k, temperature) for h in some]
                 indices, log_probs = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
                 rows.append((indices, log_probs, torch.tensor(_checksum(tokens))))
                 if progress is not None:
@@ -251,6 +294,7 @@ def cache_teacher(
             path = _shard(folder, start // shard)
             write_atomically(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
     about = {"format": CACHE_FORMAT, "windows": windows, "k": k, "length": data.length}
+    about |= {"segment": segment, "teacher_context": teacher_context}
     text = json.dumps(about | {"temperature": temperature, "shard": shard}) + "\n"
     write_atomically(folder / DESCRIPTION, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return CachedTeacher(folder)
@@ -263,6 +307,23 @@ def _top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
     top = log_p.topk(k, -1)
     rest = log_p.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
     return top.indices.int(), torch.cat([top.values, rest], -1)
+
+
+def _pieces(length: int, segment: int) -> Iterator[slice]:
+    """Windows of ``length`` tokens in pieces of ``segment``, of which the last may be shorter; 0: whole."""
+    for start in range(0, length, segment or length):
+        yield slice(start, min(start + (segment or length), length))
+
+
+def _check_context(segment: int, teacher_context: int) -> None:
+    for name, value in (("segment", segment), ("teacher_context", teacher_context)):
+        if not isinstance(value, int) or value < 0:
+            raise OptionError(f"{name}: got {value!r}, expected an integer ≥ 0, where 0 is the whole window.")
+    if teacher_context and not 0 < segment <= teacher_context:
+        raise OptionError(
+            f"teacher_context: got {teacher_context} with segment={segment}; of what the teacher reads, a piece of "
+            "segment tokens is the end: expected teacher_context ≥ segment ≥ 1, or 0."
+        )
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -285,6 +346,13 @@ class Logits(Stage):
 
     Activation checkpointing that the model has switched on (``gradient_checkpointing_enable``) is used.
 
+    Windows too long for one pass are read in pieces of ``segment`` tokens, each from the model's own cache and with a
+    backward pass of its own: truncated back-propagation through time (Williams & Peng 1990). The loss of a step is that
+    of whole windows; its gradient is that of a memory which is a constant at the start of each piece. What the student
+    takes is one piece, the states of converted layers, and the keys and values of layers kept softmax, which alone grow
+    with ``length``. A teacher trained on shorter texts is asked with ``teacher_context``, which bounds what it takes,
+    too.
+
     Attributes:
         train: one or more of these.
         temperature: of both softmaxes.
@@ -294,6 +362,9 @@ class Logits(Stage):
             where the weights start from a trained model.
         lora_rank: of the updates. lora_alpha: their scale is lora_alpha / lora_rank.
         chunk: tokens whose logits stand in memory at a time; 0 as many as make 2²⁵ logits.
+        segment: tokens of a piece, the last of a window being what is left; 0 reads whole windows.
+        teacher_context: tokens that the teacher reads, the piece at their end, to predict a piece; beyond the first of
+            a window each prediction has at least ``teacher_context − segment`` tokens before it. 0 reads whole windows.
     """
 
     train: tuple[str, ...] = ("maps", "lora")
@@ -303,9 +374,12 @@ class Logits(Stage):
     lora_rank: int = 8
     lora_alpha: int = 16
     chunk: int = 0
+    segment: int = 0
+    teacher_context: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_context(self.segment, self.teacher_context)
         if not self.train or not set(self.train) <= set(PARTS):
             raise OptionError(f"train: got {self.train}, expected some of {', '.join(PARTS)}.")
         if "lora" in self.train and {"attention", "all"} & set(self.train):
@@ -327,8 +401,9 @@ class Logits(Stage):
 
         Raises:
             ConversionError: ``model`` has no converted causal layer, or is in ``window_only``.
-            OptionError: there is no teacher, it is the model itself, its cache is too small, or the model has no
-                parameters of those that should train.
+            OptionError: there is no teacher, it is the model itself, its cache is too small or of another context, or
+                the model has no parameters of those that should train.
+            UnsupportedError: ``segment`` of a model that cannot be read in pieces, or checkpoints its activations.
         """
         paths = tuple(f"{path}." for path in trainable_layers(model, far=False))
         sample = torch.zeros(1, min(16, self.length), dtype=torch.int64, device=next(model.parameters()).device)
@@ -350,12 +425,21 @@ class Logits(Stage):
                         f"teacher: {teacher.path} holds {teacher.windows} windows of {teacher.length} tokens, the "
                         f"stage reads {needed} of {self.length}."
                     )
+                context = (self.teacher_context, self.segment if self.teacher_context else 0)
+                cached = (teacher.teacher_context, teacher.segment if teacher.teacher_context else 0)
+                if context != cached:
+                    raise OptionError(
+                        f"teacher: {teacher.path} was cached with (teacher_context, segment) = {cached}, the stage has "
+                        f"{context}."
+                    )
                 source = teacher
             elif teacher is not None:
                 stack.enter_context(evaluating(teacher))
-                source = ModelTeacher(teacher, sample.to(next(teacher.parameters()).device))
+                source = ModelTeacher(teacher, sample.to(next(teacher.parameters()).device), self.teacher_context)
             with evaluating(model):
                 body, head = body_and_head(model, sample)
+                if self.segment:
+                    _check_memory(model, body, sample)
             if "lora" in self.train:
                 stack.enter_context(_low_rank(model, paths, self))
             embeddings = {
@@ -385,11 +469,11 @@ class Divergences(Objective):
         stage: Logits,
         teacher: Teacher | None,
         model: nn.Module,
-        body: Callable[[Tensor], Tensor],
+        body: Callable[..., Tensor],
         head: Callable[[Tensor], Tensor],
         parameters: dict[str, nn.Parameter],
     ) -> None:
-        self.stage, self.teacher, self.body, self.head = stage, teacher, body, head
+        self.stage, self.teacher, self.model, self.body, self.head = stage, teacher, model, body, head
         self.parameters, self.held = parameters, {}
         self.checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
@@ -397,32 +481,89 @@ class Divergences(Objective):
         return self.stage.maps_factor if ".linattn." in name else 1.0
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        losses = self._losses(batch)
+        losses, length = self._losses(batch), batch.tokens.shape[1]
         for module in self.checkpointed:
             module.training = True  # or transformers forgoes it; what is in the module stays in evaluation mode
-        hidden = self.body(batch.tokens.to(next(iter(self.parameters.values())).device)).flatten(0, 1)
+        tokens = batch.tokens.to(next(iter(self.parameters.values())).device)
+        cache = _empty_cache(self.model) if self.stage.segment else None
+        total, sums = torch.zeros((), dtype=torch.float64, device=tokens.device), dict[str, Tensor]()
+        for piece in _pieces(length, self.stage.segment):
+            of_piece = losses(piece)
+            hidden = self.body(tokens[:, piece], cache).flatten(0, 1)
+            if cache is not None:
+                detach(cache)
+            loss = self._mean(of_piece, hidden) * ((piece.stop - piece.start) / length)
+            loss.backward()
+            total += loss.detach()
+            if cache is not None:
+                self._add_to(sums)
+        for name, held in sums.items():
+            self.parameters[name].grad = held.to(self.parameters[name].dtype)
+        return {"loss": total}
+
+    def _mean(self, losses: Divergence, hidden: Tensor) -> Tensor:
         of_head = list(self.head.parameters()) if isinstance(self.head, nn.Module) else []
         chunk = self.stage.chunk or tokens_at_once(self.head, hidden)
-        loss = chunked_mean(lambda h, rows: losses(self.head(h), rows), hidden, of_head, chunk=chunk)
-        loss.backward()
-        return {"loss": loss.detach().double()}
+        return chunked_mean(lambda h, rows: losses(self.head(h), rows), hidden, of_head, chunk=chunk)
 
-    def _losses(self, batch: Batch) -> Divergence:
-        """Logits of a slice of the batch's tokens, and that slice → the loss of each, whose mean is the batch's."""
-        weight = self.stage.cross_entropy
-        divergence = self.teacher.read(batch, self.stage.temperature) if self.teacher and weight < 1 else None
+    def _add_to(self, sums: dict[str, Tensor]) -> None:
+        """Move the gradients of a piece to ``sums``, in float32: many small ones are lost in a narrow dtype."""
+        for name, p in self.parameters.items():
+            if p.grad is None:
+                continue
+            if name in sums:
+                sums[name] += p.grad
+            else:
+                sums[name] = p.grad.to(torch.promote_types(p.dtype, torch.float32))
+            p.grad = None
+
+    def _losses(self, batch: Batch) -> Callable[[slice], Divergence]:
+        """A piece → (logits of a slice of its tokens, that slice → the loss of each, whose mean is the piece's)."""
+        weight, length = self.stage.cross_entropy, batch.tokens.shape[1]
+        reading = self.teacher.read(batch, self.stage.temperature) if self.teacher and weight < 1 else None
         # The last token of a window has no next one: the others stand for it.
-        wanted = torch.cat([batch.tokens[:, 1:], torch.full_like(batch.tokens[:, :1], -100)], 1).flatten()
-        scale = batch.tokens.shape[1] / max(1, batch.tokens.shape[1] - 1)
+        following = torch.cat([batch.tokens[:, 1:], torch.full_like(batch.tokens[:, :1], -100)], 1)
+        scale = length / max(1, length - 1)
 
-        def losses(logits: Tensor, rows: slice) -> Tensor:
-            kl = divergence(logits, rows) if divergence is not None else torch.zeros((), device=logits.device)
-            if not weight:
-                return kl
-            targets = wanted[rows].to(logits.device)
-            return (1 - weight) * kl + weight * scale * F.cross_entropy(logits.float(), targets, reduction="none")
+        def of(piece: slice) -> Divergence:
+            divergence = None if reading is None else reading(piece)
+            wanted = following[:, piece].flatten()
 
-        return losses
+            def losses(logits: Tensor, rows: slice) -> Tensor:
+                kl = divergence(logits, rows) if divergence is not None else torch.zeros((), device=logits.device)
+                if not weight:
+                    return kl
+                targets = wanted[rows].to(logits.device)
+                return (1 - weight) * kl + weight * scale * F.cross_entropy(logits.float(), targets, reduction="none")
+
+            return losses
+
+        return of
+
+
+def _empty_cache(model: Any) -> Cache:
+    return prepare_cache(model, DynamicCache(config=model.config))
+
+
+@torch.no_grad()
+def _check_memory(model: nn.Module, body: Callable[..., Tensor], sample: Tensor) -> None:
+    """Raise unless a cache carries all that ``model`` remembers from one piece of ``sample`` to the next."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise UnsupportedError(
+            "segment: layers that checkpoint their activations read no cache; call gradient_checkpointing_disable(), "
+            "and choose a segment whose activations fit."
+        )
+    cache = _empty_cache(model)
+    for piece in sample.split(max(1, sample.shape[1] // 2), 1):
+        body(piece, cache)
+        detach(cache)
+    layer: Any
+    for index, layer in enumerate(decoder_cache(cache).layers):
+        if layer.get_seq_length() != sample.shape[1]:
+            raise UnsupportedError(
+                f"segment: layer {index} of {type(model).__name__} remembers {int(layer.get_seq_length())} of "
+                f"{sample.shape[1]} tokens in its cache; train it on whole windows, with segment=0."
+            )
 
 
 @contextlib.contextmanager

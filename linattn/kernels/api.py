@@ -44,6 +44,7 @@ def kernel_attention(
     sink_logits: Tensor | None = None,
     q_far: Tensor | None = None,
     k_far: Tensor | None = None,
+    q_sink: Tensor | None = None,
     causal: bool = True,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -79,6 +80,8 @@ def kernel_attention(
         sink_logits: ``[H]`` learned logits that enter the normaliser with no value (as in GPT-OSS).
         q_far, k_far: ``[B, T, H, D']``, ``[B, T, Hkv, D']`` what the feature map sees, if not q and k (queries and keys
             before rotary embedding, say).
+        q_sink: ``[B, T, H, D]`` what meets the sinks that the window has left behind, if not q: queries at other
+            rotary positions, say. Causal only.
         causal: False for bidirectional and cross attention.
         mask: ``[B, Tk]`` bool, True for real tokens. Padded tokens may stand anywhere; they take no position, no part
             in the window, and leave the state untouched.
@@ -109,6 +112,7 @@ def kernel_attention(
         sink_logits=sink_logits,
         q_far=q_far,
         k_far=k_far,
+        q_sink=q_sink,
         causal=causal,
         mask=mask,
         cu_seqlens=cu_seqlens,
@@ -180,6 +184,7 @@ def linear_attention(
         sink_logits=None,
         q_far=None,
         k_far=None,
+        q_sink=None,
         causal=causal,
         mask=mask,
         cu_seqlens=cu_seqlens,

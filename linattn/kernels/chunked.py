@@ -83,6 +83,7 @@ def _attend_segments(call: Call, segment: int) -> tuple[Tensor, AttentionState |
             v=call.v[:, start:stop],
             q_far=cut(call.q_far),
             k_far=cut(call.k_far),
+            q_sink=cut(call.q_sink),
             decay=cut(call.decay),
             mask=cut(call.mask),
             state=state,
@@ -135,17 +136,18 @@ def key_features(call: Call, k: Tensor, positions: Tensor) -> tuple[Tensor | Non
 def _queries(call: Call, q: Tensor, features: Tensor | None, log_scale: Tensor | None, c: int) -> Queries:
     """``[R, n · C, H, ·]`` to ``[R, h, n, G, C, ·]``."""
     h = call.k.shape[2]
-
-    def split(x: Tensor) -> Tensor:
-        rows, width, heads = x.shape[:3]
-        x = x.view(rows, width // c, c, h, heads // h, *x.shape[3:])
-        return x.permute(0, 3, 1, 4, 2, *range(5, x.ndim))
-
     return Queries(
-        split(q.to(call.sums)),
-        None if features is None else split(features),
-        None if log_scale is None else split(log_scale),
+        _split(q.to(call.sums), h, c),
+        None if features is None else _split(features, h, c),
+        None if log_scale is None else _split(log_scale, h, c),
     )
+
+
+def _split(x: Tensor, h: int, c: int) -> Tensor:
+    """``[R, n · C, H, ·]`` to ``[R, h, n, G, C, ·]``."""
+    rows, width, heads = x.shape[:3]
+    x = x.view(rows, width // c, c, h, heads // h, *x.shape[3:])
+    return x.permute(0, 3, 1, 4, 2, *range(5, x.ndim))
 
 
 def _merge_heads(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,6 +191,10 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     k = lay.place(call.k, None if state is None else state.recent_k)
     v = lay.place(call.v, None if state is None else state.recent_v)
     q = lay.place(call.q, None if state is None else call.q.new_zeros(*state.recent_k.shape[:2], *call.q.shape[2:]))
+    q_sink = None
+    if call.q_sink is not None:
+        blank = None if state is None else call.q.new_zeros(*state.recent_k.shape[:2], *call.q.shape[2:])
+        q_sink = _split(lay.place(call.q_sink, blank).to(sums), call.k.shape[2], c)
     q_far, k_far = q, k
     if call.q_far is not None and call.k_far is not None:
         ring = None if state is None else state.recent_far_k
@@ -229,7 +235,7 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     sink_k = sink_v = None
     if call.sinks:
         sink_k, sink_v, sink_there = _sinks(call, lay, k, v)
-        exact.append(_sink_block(call, lay, sink_k, sink_v, sink_there, at))
+        exact.append(_sink_block(call, lay, sink_k, sink_v, sink_there, at)._replace(q=q_sink))
 
     far: list[Far] = []
     summed: list[Summed] = []
@@ -580,7 +586,8 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
         sink_v = torch.where(live[..., None, None], v.gather(1, index.expand(-1, -1, *v.shape[2:])), sink_v.to(v.dtype))
         sink_gap = (at[:, :, None] - first)[:, None, None]
         sink_blocks = [x.to(sums).transpose(1, 2)[:, :, None] for x in (sink_k, sink_v)]
-        exact.append(Exact(sink_blocks[0], sink_blocks[1], sink_gap >= call.window))
+        q_sink = None if call.q_sink is None else _split(call.q_sink.to(sums), call.k.shape[2], length)
+        exact.append(Exact(sink_blocks[0], sink_blocks[1], sink_gap >= call.window, q_sink))
 
     far: list[Far] = []
     summed: list[Summed] = []
@@ -651,7 +658,8 @@ def _attend_masked_step(call: Call, arrived: Tensor, before: AttentionState) -> 
     def wipe(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.masked_fill(~per_row(x), 0)
 
-    inputs: dict[str, Any] = {name: wipe(getattr(call, name)) for name in ("q", "k", "v", "q_far", "k_far", "decay")}
+    names = ("q", "k", "v", "q_far", "k_far", "q_sink", "decay")
+    inputs: dict[str, Any] = {name: wipe(getattr(call, name)) for name in names}
     out, after = _attend_step(dataclasses.replace(call, **inputs, mask=None))
     out = torch.where(per_row(out), out, 0)
     if after is None:

@@ -77,6 +77,7 @@ def _attend_whole_sequence(call: Call, attend: Callable[..., Tensor]) -> Tensor:
         "sink_logits": call.sink_logits is not None,
         "cu_seqlens": call.cu_seqlens is not None,
         "q_far": call.q_far is not None,
+        "q_sink": call.q_sink is not None,
     }
     given = [name for name, value in extras.items() if value]
     if given:

@@ -18,11 +18,15 @@ DENOMINATOR_FLOOR = 1e-4
 
 
 class Exact(NamedTuple):
-    """Keys attended exactly: ``k [R, h, n, E, D]``, ``v [R, h, n, E, V]``, ``mask [R, 1, n, C, E]``."""
+    """Keys attended exactly: ``k [R, h, n, E, D]``, ``v [R, h, n, E, V]``, ``mask [R, 1, n, C, E]``.
+
+    ``q [R, h, n, G, C, D]``: queries of their own, or None for those of all.
+    """
 
     k: Tensor
     v: Tensor
     mask: Tensor
+    q: Tensor | None = None
 
 
 class Far(NamedTuple):
@@ -92,7 +96,8 @@ def read(
     # Maxima only shift; EMPTY stays far enough below any shift that a masked weight is an exact zero.
     logits = []
     for part in exact:
-        s = ((flat * scale) @ part.k.transpose(-1, -2)).view(*shape, -1)
+        q = flat if part.q is None else part.q.reshape(flat.shape)
+        s = ((q * scale) @ part.k.transpose(-1, -2)).view(*shape, -1)
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
         logits.append(s.masked_fill_(~part.mask[:, :, :, None], EMPTY_LOG_SCALE))

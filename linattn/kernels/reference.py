@@ -142,6 +142,10 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     total_q = total[len(t.positions) - len(keys) :] if call.causal else total.new_zeros(len(queries), total.shape[1])
 
     logits = torch.einsum("qhd,khd->hqk", q, heads(t.k.to(sums))) * call.scale
+    if call.q_sink is not None:
+        q_sink = call.q_sink[row, queries].to(sums)
+        behind = torch.einsum("qhd,khd->hqk", q_sink, heads(t.k.to(sums))) * call.scale
+        logits = torch.where(is_sink & (gap >= window), behind, logits)
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     log_near = logits.masked_fill(~near, -torch.inf)

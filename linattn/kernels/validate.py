@@ -29,6 +29,8 @@ class Call:
     q_far: Tensor | None
     """What the feature map sees instead of q and k; None where it sees q and k themselves."""
     k_far: Tensor | None
+    q_sink: Tensor | None
+    """What sinks behind the window meet instead of q."""
     feature_map: KernelFeatureMap | None
     """None without a far branch."""
     window: int
@@ -89,6 +91,7 @@ def resolve(
     sink_logits: Tensor | None,
     q_far: Tensor | None,
     k_far: Tensor | None,
+    q_sink: Tensor | None,
     causal: bool,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -110,6 +113,7 @@ def resolve(
         ("sink_logits", sink_logits),
         ("q_far", q_far),
         ("k_far", k_far),
+        ("q_sink", q_sink),
         ("mask", mask),
         ("cu_seqlens", cu_seqlens),
     ):
@@ -161,6 +165,10 @@ def resolve(
             raise OptionError("q_far and k_far feed the far branch; drop them, or set far=True.")
         _check_shape("q_far", q_far, (batch, length, heads, None))
         _check_shape("k_far", k_far, (batch, k.shape[1], kv_heads, q_far.shape[-1]))
+    if q_sink is not None:
+        if not sinks or not causal:
+            raise OptionError("q_sink meets the sinks of causal attention; drop it, or set sinks > 0 and causal=True.")
+        _check_shape("q_sink", q_sink, tuple(q.shape))
     if feature_map is not None:
         _check_sizes(feature_map, head_dim if q_far is None else q_far.shape[-1], heads, kv_heads)
     if far_bias is not None:
@@ -217,6 +225,7 @@ def resolve(
         v=v,
         q_far=q_far,
         k_far=k_far,
+        q_sink=q_sink,
         feature_map=feature_map,
         window=window,
         sinks=sinks,

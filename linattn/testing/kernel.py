@@ -86,6 +86,8 @@ class Case:
     softcap: bool = False
     far_inputs: bool = False
     """The map sees other queries and keys than the window does, of another size."""
+    sink_queries: bool = False
+    """Sinks behind the window meet queries of their own."""
     causal: bool = True
     keys: int | None = None
     """Cross attention to this many keys."""
@@ -118,6 +120,8 @@ class Case:
         if self.far_inputs:
             found["q_far"] = normal(batch, length, self.heads, self.head_dim + 1)
             found["k_far"] = normal(batch, keys, self.kv_heads, self.head_dim + 1)
+        if self.sink_queries:
+            found["q_sink"] = normal(batch, length, self.heads, self.head_dim)
         shape = (self.kv_heads,) if self.decay == "constant" else (batch, length, self.kv_heads)
         if self.decay != "none":
             size = {"zero": 0.0, "constant": 0.1, "token": 0.3, "strong": 8.0}[self.decay]
@@ -224,6 +228,7 @@ def cases() -> Iterator[Case]:
     for extras in EXTRAS:
         yield Case(**{**HYBRID, **extras})
         yield Case(**extras, strength=2.0)
+    yield from cases_of_sink_queries()
     for layout in layouts:
         for dims in DIMS:
             yield Case(**layout, **dims)
@@ -248,6 +253,26 @@ def cases() -> Iterator[Case]:
         yield Case(**HYBRID, causal=False, mask="scattered", batch=3, strength=strength)
         yield Case(**HYBRID, causal=False, packed=(7, 0, 1, 16), strength=strength)
         yield Case(causal=False, packed=(7, 0, 1, 16), strength=strength)
+
+
+def cases_of_sink_queries() -> Iterator[Case]:
+    """Calls whose sinks meet queries of their own."""
+    own: dict[str, Any] = {**HYBRID, "sink_queries": True}
+    yield Case(**own, decay="token", strength=2.0)
+    yield Case(**{**own, "window": 0})
+    yield Case(**{**own, "window": 50})
+    yield Case(**{**own, "sinks": 5, "window": 3}, far=False)
+    yield Case(**own, **EXTRAS[-1])
+    yield Case(**own, batch=1, length=129, chunk_size=16, strength=2.0)
+    for dims in DIMS:
+        yield Case(**own, **dims)
+    for mask in ("left", "scattered", "empty"):
+        yield Case(**own, batch=3, mask=mask, decay="token")
+    yield Case(**own, packed=(7, 0, 1, 16, 0), decay="token", strength=2.0)
+    yield Case(**own, packed=(3, 0, 9), past=6)
+    for length in (1, 3, 17):
+        yield Case(**own, length=length, past=11, decay="token", strength=2.0)
+    yield Case(**own, length=9, past=3, lookback=4)
 
 
 CASES = list(cases())

@@ -20,6 +20,7 @@ VARIANTS = {
     "first-kept": {"keep_softmax": [0]},
     "last-kept": {"keep_softmax": [2]},
     "no-far-rope": {"far_rope": False, "decay": "data"},
+    "near-sinks": {"sink_distance": 9},
 }
 
 

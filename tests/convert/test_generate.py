@@ -22,6 +22,7 @@ VARIANTS = {
     "softcaps": ("gemma2", {"decay": "data"}),
     "no-far-rope": ("qwen3", {"far_rope": False, "decay": "data"}),
     "no-far-rope-of-a-part": ("gpt-neox", {"far_rope": False}),
+    "near-sinks": ("qwen3", {"sink_distance": 9}),
     "native-windows-converted": ("mistral-sliding", {"native_sliding": "convert"}),
 }
 

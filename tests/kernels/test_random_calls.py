@@ -21,7 +21,7 @@ from linattn.testing.checks import check_same_state
 
 TOLERANCE = 1e-9
 KINDS = ("plain", "mask", "packed", "both", "both-mask", "both-packed", "cross")
-TOKENWISE = ("q", "k", "v", "q_far", "k_far", "mask")
+TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "mask")
 
 
 class RandomMap:
@@ -135,6 +135,8 @@ def draw(rng: random.Random) -> Call:
             leaves["decay"] = (-strength * torch.rand(shape, dtype=torch.float64)).requires_grad_()
     else:
         options["feature_map"] = None
+    if causal and options["sinks"] and rng.random() < 0.5:
+        leaves["q_sink"] = leaf(*q_shape)
     return Call(kind, leaves, options, lengths)
 
 

@@ -192,6 +192,7 @@ def _attend_causal(call: Call) -> tuple[Tensor, AttentionState | None]:
     q, k = place(call.q, blank(call.q, ring)), place(call.k, ring)
     v = place(call.v, None if state is None else state.recent_v)
     assert q is not None and k is not None and v is not None
+    q_sink = place(call.q_sink, blank(call.q_sink, ring))
     far_ring = None if state is None else state.recent_far_k
     q_far, k_far = place(call.q_far, blank(call.q_far, far_ring)), place(call.k_far, far_ring)
     decay = place(call.decay, None if state is None else state.recent_decay)
@@ -204,7 +205,7 @@ def _attend_causal(call: Call) -> tuple[Tensor, AttentionState | None]:
     segment = segment_tokens(tokens, heads * (1 if r.packed else q.shape[0]), config)
     inputs = Inputs(
         q=q, k=k, v=v, decay=decay,
-        sink_k=sink_k, sink_v=sink_v,
+        sink_k=sink_k, sink_v=sink_v, q_sink=_contiguous(q_sink),
         far_bias=_float(call.far_bias) if call.feature_map is not None else None,
         sink_logits=_float(call.sink_logits),
         state_kv=memory.kv, state_k=memory.k, state_m=memory.m,

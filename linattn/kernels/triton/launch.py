@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
         query_log, key_log: ``[B, T, H]``, ``[B, T, Hkv]`` float32 log-scales of given features.
         far_bias, sink_logits: ``[H]`` float32. decay: ``[B, T, Hkv]`` float32.
         sink_k, sink_v: ``[N, S, Hkv, D | V]``; None for the first of each row of k and v.
+        q_sink: ``[B, T, H, D]``, contiguous: what sinks behind the window meet instead of q.
         state_kv, state_k, state_m: ``[N, Hkv, F, V]``, ``[N, Hkv, F]``, ``[N, Hkv]`` float32: the memory before each
             sequence, seen from its first token; without log-scales relative to one.
         starts: ``[N + 1]`` first slot of each packed sequence. lengths: ``[N (+ 1)]`` tokens. bases: ``[N (+ 1)]``
@@ -58,6 +59,7 @@ class Inputs(NamedTuple):
     decay: Tensor | None = None
     sink_k: Tensor | None = None
     sink_v: Tensor | None = None
+    q_sink: Tensor | None = None
     state_kv: Tensor | None = None
     state_k: Tensor | None = None
     state_m: Tensor | None = None
@@ -664,7 +666,7 @@ def attend(x: Inputs, o: Options, c: Config, *, training: bool) -> tuple[Tensor,
         launch(
             window.near_kernel, (s.heads * s.total * (o.segment // chunk),),
             x.q, *strides(x.q), k, *strides(k), v, *strides(v),
-            x.sink_k, x.sink_v, x.sink_logits,
+            x.sink_k, x.sink_v, x.q_sink, x.sink_logits,
             num, mass, log, far,
             *_tables(x),
             out, residual if rounds else None, top, rden, relative,
@@ -768,6 +770,8 @@ def attend_backward(
     if dq is None and exact:
         dq = make(s.batch, s.length, s.heads, s.head_dim)
     dsink_k = dsink_v = None
+    if x.q_sink is not None and needs["q_sink"]:
+        grads["q_sink"] = make(s.batch, s.length, s.heads, s.head_dim)
     if o.sinks:  # packed, chunks behind a sequence's end are summed too
         new = torch.zeros if s.packed else torch.empty
         dsink_k, dsink_v = (new(chunks, s.heads, o.sinks, dim, **f32) for dim in (s.head_dim, s.value_dim))
@@ -775,10 +779,10 @@ def attend_backward(
         launch(
             window.near_dq_kernel, (s.heads * chunks,),
             x.q, *strides(x.q), k, *strides(k), v, *strides(v),
-            x.sink_k, x.sink_v,
+            x.sink_k, x.sink_v, x.q_sink,
             *_tables(x),
             scaled, stats.top, delta, rden,
-            dq, dsink_k, dsink_v,
+            dq, grads.get("q_sink"), dsink_k, dsink_v,
             o.scale, o.softcap, s.length, s.segments, o.segment,
             SINKS=o.sinks, BS=sink_rows(o.sinks), KEYS=keys, GAP=gap, TOP=s.top, ADD=o.far and shared, **near_dims,
         )  # fmt: skip

@@ -153,9 +153,15 @@ def is_seen(rows, at, recent, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def attend_rows(acc, den, top, xq, k, v, seen, softcap, SOFTCAP: tl.constexpr):
-    """Online softmax, in each lane its own, of a scaled query ``xq [BD]``: more keys and values ``[LANES, N, ...]``."""
-    s = tl.sum(k.to(tl.float32) * xq[None, None, :], 2)
+def attend_rows(acc, den, top, xq, k, v, seen, softcap, SOFTCAP: tl.constexpr, xs=None, plain=None):
+    """Online softmax, in each lane its own, of a scaled query ``xq [BD]``: more keys and values ``[LANES, N, ...]``.
+
+    Of two queries, if ``xs [BD]`` is given: keys that are not ``plain [LANES, N]`` meet that one.
+    """
+    x = xq[None, None, :]
+    if xs is not None:
+        x = tl.where(plain[:, :, None], x, xs[None, None, :])
+    s = tl.sum(k.to(tl.float32) * x, 2)
     if SOFTCAP:
         s = softcap * tanh(s / softcap)
     s = tl.where(seen, s, EMPTY)
@@ -173,6 +179,7 @@ def step_kernel(
     v, v_n, v_h,
     qf, qf_n, qf_h,
     kf, kf_n, kf_h,
+    q_sink,
     phi, log_phi, log_q,
     query_weight, key_weight, query_map_heads, key_map_heads, query_bias, key_bias,
     far_bias, sink_logits,
@@ -344,11 +351,17 @@ def step_kernel(
                 mass = tl.sum(masses, 0)
 
             xq = tl.load(q + g * q_h + d, mask=d < D, other=0.0).to(tl.float32) * scale
+            xs = None
+            in_window = is_new
+            if q_sink is not None:
+                in_window = is_new & (WINDOW > 0)
+                rows_before = (row * heads + head) * G + g
+                xs = tl.load(q_sink + rows_before * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
             acc = tl.zeros([LANES, BV], tl.float32)
             dens = tl.zeros([LANES], tl.float32)
             tops = tl.full([LANES], EMPTY / 2, tl.float32)
             acc, dens, tops = attend_rows(
-                acc, dens, tops, xq, sink_ks, sink_vs, sink_seen | (is_new & near), softcap, SOFTCAP
+                acc, dens, tops, xq, sink_ks, sink_vs, sink_seen | (is_new & near), softcap, SOFTCAP, xs, in_window
             )
             if WINDOW > 0:
                 acc, dens, tops = attend_rows(acc, dens, tops, xq, ring_ks, ring_vs, ring_seen, softcap, SOFTCAP)
@@ -427,6 +440,7 @@ def decode_step(
     scale: float | None = None,
     q_far: Tensor | None = None,
     k_far: Tensor | None = None,
+    q_sink: Tensor | None = None,
     slot_indices: Tensor | None = None,
     out: Tensor | None = None,
     num_warps: int | None = None,
@@ -447,6 +461,7 @@ def decode_step(
         decay: ``[Hkv]`` or ``[N, Hkv]`` log-gates ≤ 0 of the new tokens.
         far_bias, sink_logits: ``[H]``. softcap, scale: as in ``kernel_attention``.
         q_far, k_far: ``[N, H, D']``, ``[N, Hkv, D']`` what the map sees, if not q and k.
+        q_sink: ``[N, H, D]`` what meets the sinks that the window has left behind, if not q.
         slot_indices: ``[N]`` int32 or int64, the slot of each row, without repeats; a negative one is an idle row: it
             answers zero and touches nothing. Default: row i is slot i.
         out: ``[N, H, V]`` to write to.
@@ -456,7 +471,7 @@ def decode_step(
     Returns:
         ``[N, H, V]`` in the dtype of v.
     """
-    _check(slots, q, k, v, feature_map, decay, q_far, k_far, slot_indices, out)
+    _check(slots, q, k, v, feature_map, decay, q_far, k_far, q_sink, slot_indices, out)
     if far_bias is not None and feature_map is None:
         raise OptionError("far_bias: shapes the far branch, which the slots do not have; drop it.")
     if scale is None:
@@ -464,14 +479,15 @@ def decode_step(
             raise OptionError("scale: a Projected does not know it; pass scale=feature_map.scale.")
         scale = q.shape[-1] ** -0.5 if feature_map is None else feature_map.scale
     return _step(
-        slots, q, k, v, feature_map, decay, far_bias, sink_logits, softcap, scale, q_far, k_far, slot_indices, out,
-        autocast_dtype(q), num_warps, window_block, registers,
+        slots, q, k, v, feature_map, decay, far_bias, sink_logits, softcap, scale, q_far, k_far, q_sink, slot_indices,
+        out, autocast_dtype(q), num_warps, window_block, registers,
     )  # fmt: skip
 
 
 def takes(call: Call) -> bool:
     """Whether :func:`attend_step` can answer a call: one more token after a state, nothing to roll back or train."""
-    tensors = (call.q, call.k, call.v, call.q_far, call.k_far, call.decay, call.far_bias, call.sink_logits)
+    tensors: tuple[Tensor | None, ...] = (call.q, call.k, call.v, call.q_far, call.k_far, call.q_sink)
+    tensors += (call.decay, call.far_bias, call.sink_logits)
     parameters = getattr(call.feature_map, "parameters", lambda: ())()
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *parameters))
     if call.state is None or trains or any(t.requires_grad for t in call.state.tensors().values()):
@@ -495,8 +511,8 @@ def attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     slots = DecodeSlots.from_state(state, dtype=call.k.dtype)
     out = _step(
         slots, call.q[:, 0], call.k[:, 0], call.v[:, 0], call.feature_map, token(call.decay), call.far_bias,
-        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), None, None,
-        call.autocast,
+        call.sink_logits, call.softcap, call.scale, token(call.q_far), token(call.k_far), token(call.q_sink), None,
+        None, call.autocast,
     )  # fmt: skip
     return out[:, None], slots.to_state() if call.return_state else None
 
@@ -514,6 +530,7 @@ def _step(
     scale: float,
     q_far: Tensor | None,
     k_far: Tensor | None,
+    q_sink: Tensor | None,
     slot_indices: Tensor | None,
     out: Tensor | None,
     autocast_to: torch.dtype | None,
@@ -566,6 +583,7 @@ def _step(
         v, v.stride(0), v.stride(1),
         qf, qf.stride(0), qf.stride(1),
         kf, kf.stride(0), kf.stride(1),
+        None if q_sink is None else q_sink.contiguous(),
         phi, log_phi, log_q,
         weights[0], weights[1], *weight_heads, weights[2], weights[3],
         far_bias if features else None, sink_logits,
@@ -615,6 +633,7 @@ def _check(
     decay: Tensor | None,
     q_far: Tensor | None,
     k_far: Tensor | None,
+    q_sink: Tensor | None,
     slot_indices: Tensor | None,
     out: Tensor | None,
 ) -> None:
@@ -635,6 +654,11 @@ def _check(
         dtype = slots.ring_far_k.dtype if slots.ring_far_k is not None and name == "k_far" else slots.ring_k.dtype
         if t is not None and name != "q_far" and t.dtype != dtype:
             raise DtypeError(f"{name}: got {t.dtype}, expected {dtype} as in the slots; cast it.")
+    if q_sink is not None:
+        if not slots.sinks:
+            raise OptionError("q_sink: meets the sinks, which the slots do not have; drop it.")
+        if q_sink.shape != q.shape:
+            raise ShapeError(f"q_sink: got {tuple(q_sink.shape)}, expected {tuple(q.shape)} as q has.")
     if heads % kv_heads:
         raise ShapeError(f"q: got {heads} heads, expected a multiple of the slots' {kv_heads} key/value heads.")
     if (decay is None) != (slots.ring_decay is None):

@@ -91,7 +91,7 @@ def near_kernel(
     q, q_b, q_t: tl.constexpr, q_h,
     k, k_b, k_t: tl.constexpr, k_h,
     v, v_b, v_t: tl.constexpr, v_h,
-    sink_k, sink_v, sink_logits,
+    sink_k, sink_v, q_sink, sink_logits,
     far_num, far_mass, far_log, far_far,
     starts, lengths, bases, seg_sequence, seg_first,
     out, residual, out_top, out_rden, out_relative,
@@ -115,7 +115,10 @@ def near_kernel(
     OT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output, its normaliser and log-scale from window, sinks and, if given, the far part's sums and log-scale."""
+    """Output, its normaliser and log-scale from window, sinks and, if given, the far part's sums and log-scale.
+
+    The sinks meet ``q_sink [B, T, H, D]``, which is contiguous, or q.
+    """
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     kv_head = head // G
@@ -164,6 +167,8 @@ def near_kernel(
         xk = load_rows(sink_k + sink * D, n * 0, kv_heads * D, sink_at < SINKS, D, BD)
         xv = load_rows(sink_v + sink * V, n * 0, kv_heads * V, sink_at < SINKS, V, BV)
         seen = sinks_seen(rows, sink_at, base, WINDOW, SINKS, KEYS)
+        if q_sink is not None:
+            xq = load_rows(q_sink + stat * D, first, H * D, valid, D, BD).to(OT)
         acc, den, top = attend_block(acc, den, top, xq, xk, xv, seen, scale, softcap, SOFTCAP, OT, PRECISION)
 
     top = top * LN_2
@@ -210,10 +215,10 @@ def near_dq_kernel(
     q, q_b, q_t: tl.constexpr, q_h,
     k, k_b, k_t: tl.constexpr, k_h,
     v, v_b, v_t: tl.constexpr, v_h,
-    sink_k, sink_v,
+    sink_k, sink_v, q_sink,
     starts, lengths, bases, seg_sequence, seg_first,
     do, top, delta, rden,
-    dq, dsink_k, dsink_v,
+    dq, dq_sink, dsink_k, dsink_v,
     scale, softcap, T, segments, segment,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -235,7 +240,7 @@ def near_dq_kernel(
     PRECISION: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient, added to ``dq`` if ADD, and each chunk's share of the sinks'."""
+    """The queries' gradient, added to ``dq`` if ADD, that of ``q_sink``, and each chunk's share of the sinks'."""
     head = tl.program_id(0) % H
     chunk = tl.program_id(0) // H
     kv_head = head // G
@@ -290,11 +295,17 @@ def near_dq_kernel(
         xk = load_rows(sink_k + sink * D, n * 0, kv_heads * D, sink_at < SINKS, D, BD).to(OT)
         xv = load_rows(sink_v + sink * V, n * 0, kv_heads * V, sink_at < SINKS, V, BV).to(OT)
         seen = sinks_seen(rows, sink_at, base, WINDOW, SINKS, KEYS)
+        if q_sink is not None:
+            xq = load_rows(q_sink + stat * D, first, H * D, valid, D, BD).to(OT)
         raw = tl.dot(xq, tl.trans(xk), input_precision=PRECISION)
         p, slope = weigh(raw, seen, row_top[:, None], scale, softcap, SOFTCAP)
         e = tl.dot(xdo, tl.trans(xv), input_precision=PRECISION) - row_delta[:, None]
         ds = (p * e * slope).to(OT)
-        dx = tl.dot(ds, xk, dx, input_precision=PRECISION)
+        if q_sink is None:
+            dx = tl.dot(ds, xk, dx, input_precision=PRECISION)
+        elif dq_sink is not None:
+            dxs = tl.dot(ds, xk, input_precision=PRECISION) * (row_factor * scale)[:, None]
+            store_rows(dq_sink + stat * D, first, H * D, valid, dxs, D, BD)
         p = p * row_factor[:, None]
         ds = (p * e * slope).to(OT)
         dsk = tl.dot(tl.trans(ds), xq, input_precision=PRECISION)

@@ -28,7 +28,8 @@ def normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 def check(
     name: str, batch: int, length: int, heads: int, kv_heads: int, dim: int, value_dim: int, dtype: torch.dtype,
-    *, decay: bool | float = False, options: dict[str, Any] | None = None, map_options: dict[str, Any] | None = None,
+    *, decay: bool | float = False, sink_queries: bool = False,
+    options: dict[str, Any] | None = None, map_options: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Outputs and every gradient within twice the error of chunked attention in the same dtype, against float64."""
     torch.manual_seed(7)
@@ -42,6 +43,7 @@ def check(
     if gates is not None and decay is not True:  # some of the tokens forget so much
         gates = torch.where(torch.rand_like(gates) < 0.05, -float(decay), gates)
     cotangent = normal(batch, length, heads, value_dim, dtype=dtype, seed=4)
+    others = normal(batch, length, heads, dim, dtype=dtype, seed=5)
 
     def run(impl: str, wide: bool) -> dict[str, Tensor]:
         cast = torch.float64 if wide else dtype
@@ -51,6 +53,8 @@ def check(
         leaves = {n: t.to(cast).requires_grad_() for n, t in zip("qkv", tensors, strict=True)}
         extra = {} if gates is None else {"decay": gates.to(torch.float64 if wide else torch.float32).requires_grad_()}
         out = kernel_attention(**leaves, **extra, feature_map=map_, impl=impl, **(options or {})).out
+        if sink_queries:
+            extra["q_sink"] = others.to(cast).requires_grad_()
         watched = {**leaves, **extra, **dict(map_.named_parameters())}
         grads = torch.autograd.grad(out, list(watched.values()), cotangent.to(out.dtype))
         return {"output": out.detach(), **{f"gradient of {n}": g for n, g in zip(watched, grads, strict=True)}}
@@ -129,6 +133,48 @@ def test_maps(
 def test_lengths_and_groups(length: int, groups: int) -> None:
     check("hedgehog", 1, length, 4, 4 // groups, 64, 64, torch.bfloat16, decay=True, options=HYBRID)
     check("hedgehog", 1, length, 4, 4 // groups, 64, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 130, 1000])
+@pytest.mark.parametrize(
+    ("name", "dim", "value_dim", "options"),
+    [
+        ("hedgehog", 64, 64, HYBRID),
+        ("hedgehog", 128, 128, {"window": 256, "sinks": 4}),
+        ("hedgehog", 64, 64, {"sinks": 7, "softcap": 3.0}),
+        ("exp", 64, 128, HYBRID),
+        ("elu", 16, 32, {"window": 20, "sinks": 17}),
+    ],
+)
+def test_sinks_that_meet_queries_of_their_own(
+    name: str, dim: int, value_dim: int, options: dict[str, Any], length: int, dtype: torch.dtype
+) -> None:
+    check(name, 2, length, 4, 2, dim, value_dim, dtype, decay=True, sink_queries=True, options=options)
+
+
+def test_steps_whose_sinks_meet_queries_of_their_own() -> None:
+    phi = make("hedgehog", 64, num_heads=6, num_kv_heads=2).cuda()
+    q, q_sink, k, v = (normal(3, 700, h, 64, dtype=torch.bfloat16, seed=s) for s, h in enumerate((6, 6, 2, 2)))
+
+    def steps(impl: str, dtype: torch.dtype) -> Tensor:
+        map_ = make("hedgehog", 64, num_heads=6, num_kv_heads=2).cuda().to(dtype)
+        map_.load_state_dict(phi.state_dict())
+        outs, state = [], None
+        for first, last in ((0, 680), *((i, i + 1) for i in range(680, 700))):
+            tensors = (x[:, first:last].to(dtype) for x in (q, k, v, q_sink))
+            names = ("q", "k", "v", "q_sink")
+            given = dict(zip(names, tensors, strict=True))
+            done = kernel_attention(**given, feature_map=map_, state=state, return_state=True, impl=impl, **HYBRID)
+            outs, state = [*outs, done.out], done.state
+        return torch.cat(outs, 1)
+
+    with torch.no_grad():
+        exact = steps("chunked", torch.float64)
+        low, found = steps("chunked", torch.bfloat16), steps("triton", torch.bfloat16)
+    terms = float(v.abs().max())
+    budget = budgets.low_precision(torch.bfloat16, exact, low, count=700, terms=terms)
+    assert budgets.error(found, exact) <= budget
 
 
 @pytest.mark.parametrize("forgets", [3.0, 70.0, 1e4])

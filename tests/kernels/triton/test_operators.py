@@ -36,14 +36,19 @@ def gates(length: int) -> Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, HYBRID, {**HYBRID, "return_state": True}, {"causal": False}, {"causal": False, "window": 5}],
-    ids=["pure", "hybrid", "state", "bidirectional", "bidirectional-window"],
+    [
+        *({}, HYBRID, {**HYBRID, "sink_queries": True}, {**HYBRID, "return_state": True}),
+        *({"causal": False}, {"causal": False, "window": 5}),
+    ],
+    ids=["pure", "hybrid", "sink-queries", "state", "bidirectional", "bidirectional-window"],
 )
 def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
     phi = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    own_queries = "sink_queries" in options
+    options = {name: value for name, value in options.items() if name != "sink_queries"}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> AttentionOutput:
-        return kernel_attention(q, k, v, feature_map=phi, decay=decay, impl="triton", **options)
+    def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, q_sink: Tensor | None) -> AttentionOutput:
+        return kernel_attention(q, k, v, feature_map=phi, decay=decay, q_sink=q_sink, impl="triton", **options)
 
     def loss(result: AttentionOutput) -> Tensor:
         total = result.out.square().sum()
@@ -55,8 +60,9 @@ def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
     for length in (21, 37):
         tensors = inputs(length)
         decay = gates(length) if options.get("causal", True) else None
-        leaves = [*tensors, *([] if decay is None else [decay]), *phi.parameters()]
-        eager, graph = attend(*tensors, decay), compiled(*tensors, decay)
+        q_sink = inputs(length + 1)[0][:, 1:] if own_queries else None
+        leaves = [*tensors, *(x for x in (decay, q_sink) if x is not None), *phi.parameters()]
+        eager, graph = attend(*tensors, decay, q_sink), compiled(*tensors, decay, q_sink)
         torch.testing.assert_close(graph.out, eager.out)
         for a, b in zip(
             torch.autograd.grad(loss(graph), leaves), torch.autograd.grad(loss(eager), leaves), strict=True

@@ -67,6 +67,7 @@ OPTIONS: dict[str, Any] = {
     "decay": {"decay": True},
     "hybrid": HYBRID,
     "hybrid-decay": {**HYBRID, "decay": True, "far_bias": True, "sink_logits": True},
+    "sink-queries": {**HYBRID, "decay": True, "q_sink": True},
     "mask": {**HYBRID, "mask": True},
     "packed": {"packed": True, "decay": True, "window": 3},
     "packed-sinks": {"packed": True, **HYBRID},
@@ -82,6 +83,8 @@ def prepared(options: dict[str, Any], seed: int) -> tuple[list[Tensor], dict[str
     for name in ("far_bias", "sink_logits"):
         if found.pop(name, False):
             found[name] = vector.clone().requires_grad_()
+    if found.pop("q_sink", False):
+        found["q_sink"] = inputs(20, seed=10 + seed)[0]
     if found.pop("decay", False):
         found["decay"] = (gates(20).detach() * (1 + seed)).requires_grad_()
     if found.pop("mask", False):

@@ -80,6 +80,8 @@ class Run:
         if "far_inputs" in self.extras:
             found["q_far"] = normal(*lead, HEADS, self.far_dim, seed=4)
             found["k_far"] = normal(*lead, KV_HEADS, self.far_dim, seed=5)
+        if "sink_queries" in self.extras:
+            found["q_sink"] = normal(*lead, HEADS, HEAD_DIM, seed=9)
         if self.decay != "none":
             shape = (KV_HEADS,) if self.decay == "constant" else (*lead, KV_HEADS)
             size = {"constant": 0.1, "token": 0.3, "strong": 8.0}[self.decay]
@@ -236,7 +238,9 @@ def test_maps_without_a_window(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "extras", [("far_bias",), ("sink_logits",), ("softcap",), ("far_inputs",)], ids=lambda extras: extras[0]
+    "extras",
+    [("far_bias",), ("sink_logits",), ("softcap",), ("far_inputs",), ("sink_queries",)],
+    ids=lambda extras: extras[0],
 )
 def test_extras(extras: tuple[str, ...]) -> None:
     Run("favor+", extras=extras).check()
@@ -245,12 +249,12 @@ def test_extras(extras: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", ["hedgehog", "plain", "log-scaled"])
 @pytest.mark.parametrize("window", [0, 5])
 def test_all_extras(name: str, window: int) -> None:
-    Run(name, window, extras=("far_bias", "sink_logits", "softcap", "far_inputs"), batch=2).check()
+    Run(name, window, extras=("far_bias", "sink_logits", "softcap", "far_inputs", "sink_queries"), batch=2).check()
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(5, 2), (6, 0), (0, 3)])
 def test_without_a_far_branch(window: int, sinks: int) -> None:
-    Run(None, window, sinks, "none", extras=("sink_logits",)).check()
+    Run(None, window, sinks, "none", extras=("sink_logits", *(["sink_queries"] if sinks else []))).check()
 
 
 @pytest.mark.parametrize(("name", "window"), [("favor+", 20), ("taylor2", 3)])
@@ -301,7 +305,9 @@ def test_float16() -> None:
 # ---------------------------------------------------------------------------------------------------------- states
 
 
-@pytest.mark.parametrize(("past", "extras"), [(0, ()), (1, ("far_inputs",)), (4, ()), (9, ("far_inputs",))])
+@pytest.mark.parametrize(
+    ("past", "extras"), [(0, ()), (1, ("far_inputs",)), (4, ("sink_queries",)), (9, ("far_inputs",))]
+)
 def test_continues_a_state_and_gives_one_back(past: int, extras: tuple[str, ...]) -> None:
     run = Run("favor+", extras=extras, batch=2, length=14)
     start = state_of(run.attend(torch.float32, "chunked", past)) if past else run.slots().to_state()
@@ -414,7 +420,8 @@ def call_after(run: Run, past: int, **changes: Any) -> Call:
         "feature_map": None if made is None else made.float().to(DEVICE).requires_grad_(False),
         "window": run.window, "sinks": run.sinks, "far": made is not None, "state": None, "return_state": True,
         "lookback": 0, "causal": True, "mask": None, "cu_seqlens": None, "chunk_size": None, "scale": None,
-        "q_far": None, "k_far": None, "decay": None, "far_bias": None, "sink_logits": None, "softcap": None,
+        "q_far": None, "k_far": None, "q_sink": None, "decay": None, "far_bias": None, "sink_logits": None,
+        "softcap": None,
     }  # fmt: skip
     if past:
         options["state"] = state_of(run.attend(torch.float32, "chunked", past)).to(DEVICE).detach()
@@ -423,7 +430,7 @@ def call_after(run: Run, past: int, **changes: Any) -> Call:
 
 @pytest.mark.parametrize("name", ["favor+", "log-scaled", None])
 def test_attend_step_leaves_its_state_alone(name: str | None) -> None:
-    run = Run(name, decay="none" if name is None else "token", batch=2, length=12)
+    run = Run(name, decay="none" if name is None else "token", batch=2, length=12, extras=("sink_queries",))
     call = call_after(run, 11)
     assert call.state is not None
     assert step.takes(call)
@@ -470,6 +477,7 @@ def test_takes_only_what_it_can_answer() -> None:
         ({"feature_map": None}, StateError, "feature_map: got None"),
         ({"slot_indices": torch.zeros(2, dtype=torch.int64)}, ShapeError, "slot_indices"),
         ({"slot_indices": torch.zeros(1)}, ShapeError, "slot_indices"),
+        ({"q_sink": normal(1, KV_HEADS, HEAD_DIM).float()}, ShapeError, "q_sink: got"),
         ({"out": torch.zeros(1, HEADS, VALUE_DIM + 1)}, ShapeError, "out: got"),
     ],
 )
