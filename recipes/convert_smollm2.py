@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -35,7 +36,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import linattn
-from linattn.audit import audit_model, equal_bytes_plan, save_report
+from linattn.audit import audit_model, equal_bytes_plan, recall_by_distance, save_report, text_tasks
 from linattn.distill import (
     Logits,
     Transfer,
@@ -54,7 +55,8 @@ from linattn.errors import LinattnError, OptionError
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONFIG = {"student": {}, "seed": 0, "keep": [], "stages": [], "control": False, "audit": {}}
 KEEP = {"count": 0, "method": "alone", "windows": 8, "length": 1024}
-AUDIT = {"lengths": [2048, 8192, 32768], "windows": 8, "parts": ["losses"]}
+AUDIT = {"lengths": [2048, 8192, 32768], "windows": 8, "parts": ["losses"], "recall": None}
+RECALL = {"tasks": ["passkey", "needle", "lookup"], "distances": [256, 1024, 2048, 4096, 8000], "prompts": 24}
 TRIAL, WARM = 9, 4
 """Steps that are timed to learn how many fit, and how many of them come before the clock starts."""
 MARGIN = 0.93
@@ -73,16 +75,18 @@ def run(
     dev_data: Path | None = None,
     audits: Mapping[str, Path] = {},
     student: PreTrainedModel | None = None,
+    tokenizer: Callable[[], Any] | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
     """Everything a config says; returns, and writes to ``out/result.json``, what came of it.
 
     Args:
-        config: see ``recipes/configs``; what it leaves out is ``CONFIG``, ``KEEP`` and ``AUDIT``.
+        config: see ``recipes/configs``; what it leaves out is ``CONFIG``, ``KEEP``, ``AUDIT`` and ``RECALL``.
         teacher: the model before conversion, on the device and in the dtype to compute in.
         out: folder of the run. train_data, dev_data: ``.npy`` tokens to train on, and to measure while training.
         audits: held-out ``.npy`` tokens by name.
         student: a converted model to start from, in place of ``config["student"]``.
+        tokenizer: a function that reads it, for the words of recall.
         log: called with lines of progress.
     """
     config = _checked(config, student)
@@ -115,6 +119,9 @@ def run(
         "control": about,
         "audit": _audits(teacher, student, control, audits, AUDIT | config["audit"], out, log),
     }
+    if (wanted := config["audit"].get("recall")) is not None and audits and tokenizer is not None:
+        text = next(iter(audits.values()))
+        result["recall"] = _recall(teacher, student, control, text, RECALL | wanted, tokenizer(), out, log)
     _write(out / "result.json", result)
     return result
 
@@ -128,6 +135,8 @@ def _checked(config: Mapping[str, Any], student: PreTrainedModel | None) -> dict
         raise OptionError(f"config: student has no {', '.join(unknown)}; it takes {', '.join(sorted(options))}.")
     if unknown := sorted(set(config.get("audit", {})) - AUDIT.keys()):
         raise OptionError(f"config: audit has no {', '.join(unknown)}; it takes {', '.join(AUDIT)}.")
+    if unknown := sorted((config.get("audit", {}).get("recall") or {}).keys() - RECALL.keys()):
+        raise OptionError(f"config: recall has no {', '.join(unknown)}; it takes {', '.join(RECALL)}.")
     if student is not None and config.get("student"):
         raise OptionError("config: describes a student, and a converted one was given; leave one of them out.")
     control = config.get("control", False)
@@ -312,6 +321,41 @@ def _audits(
     return rows
 
 
+def _recall(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    control: PreTrainedModel | None,
+    text: Path,
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    out: Path,
+    log: Log,
+) -> dict[str, Any]:
+    """Recall by distance, by generation with the cache, of the models that audits compare; see ``linattn.audit``."""
+    folder = out / "audit" / "recall"
+    report = _read(folder / "report.json")
+    if report is None or (control is not None and "trained_control" not in report["recall"]):
+        tasks = text_tasks(lambda words: tokenizer.encode(words, add_special_tokens=False))
+        first = tokenizer.encode("a")[:1]
+        measure = functools.partial(
+            recall_by_distance,
+            tasks=[task for task in tasks if task.name in options["tasks"]],
+            text=Windows(text, _count(text), seed=None)[0],
+            distances=options["distances"],
+            prompts=options["prompts"],
+            prefix=first if first and first[0] in tokenizer.all_special_ids else [],
+        )
+        plan = linattn.ConversionPlan.from_dict(student.config.linattn)
+        reach = max(layer.window + layer.sinks for layer in plan.converted)
+        windows = Windows(text, 2 * reach + 2, seed=None)
+        tokens = torch.stack([windows[i] for i in range(2)])
+        report = audit_model(teacher, student, tokens, parts=["recall"], recall=measure, trained_control=control)
+        save_report(report, folder, title="recall by distance", plots=False)
+    for name, found in report["recall"].items():
+        log(f"recall of {name}: " + ", ".join(f"{r['task']} {r['distance']:,}: {r['rate']:.2f}" for r in found))
+    return report["recall"]
+
+
 def _mean(buckets: Sequence[Mapping[str, Any]]) -> float:
     """Mean cross-entropy over all positions, in nats."""
     return sum(each["mean"] * each["tokens"] for each in buckets) / sum(each["tokens"] for each in buckets)
@@ -398,6 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dev_data=None if args.dev is None else tokens_of(args.dev, args.out, tokenizer),
             audits={name: tokens_of(Path(file), args.out, tokenizer) for name, _, file in named},
             student=student,
+            tokenizer=tokenizer,
             log=log,
         )
         try:

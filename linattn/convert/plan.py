@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +177,7 @@ def plan_model(
     model: PreTrainedModel,
     *,
     feature_map: MapSpec = "hedgehog",
-    window: int = 128,
+    window: int | Sequence[int] = 128,
     sinks: int = 4,
     decay: str | None = None,
     far_rope: bool = True,
@@ -195,7 +195,8 @@ def plan_model(
         feature_map: a registered name, a :class:`~linattn.feature_maps.FeatureMap` class, or a factory that is called
             with each layer's plan once, to learn the name and options of the map it returns. None leaves the far branch
             out: a sliding window with sinks, without parameters of its own.
-        window: tokens attended exactly. sinks: first tokens attended exactly by all.
+        window: tokens attended exactly; a list has one for each attention layer of the model, in order, kept ones
+            included. sinks: first tokens attended exactly by all.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
         far_rope: False keeps rotary embedding out of the far branch; see :class:`LayerPlan`. Layers that say they have
             none (``use_rope``) are left at True.
@@ -218,10 +219,14 @@ def plan_model(
     """
     from linattn.convert.seam import find_attention
 
-    _check_options(window, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
     found = list(find_attention(model))
     modules = {layer.index: module for layer, module in found}
     entries = [layer for layer, _ in found]
+    windows = list(window) if isinstance(window, Sequence) else [window] * len(entries)
+    if len(windows) != len(entries):
+        raise OptionError(f"window: got {len(windows)} of them, the model has {len(entries)} attention layers.")
+    for each in dict.fromkeys(windows) or [0]:
+        _check_options(each, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
     _check_indices("layers", chosen or (), entries)
@@ -240,7 +245,7 @@ def plan_model(
         elif layer.native_window is not None and native_sliding == "keep":
             layer.kind, layer.reason = "keep", f"has a sliding window of its own ({layer.native_window})"
         else:
-            _fill(layer, feature_map, feature_map_options or {}, window, sinks, decay)
+            _fill(layer, feature_map, feature_map_options or {}, windows[layer.index], sinks, decay)
             if getattr(modules[layer.index], "use_rope", True):
                 _settle_rope(layer, model, far_rope, sink_distance)
     plan = ConversionPlan(model.config.model_type, entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -41,7 +41,7 @@ def convert_model(
     model: Model,
     *,
     feature_map: MapSpec = "hedgehog",
-    window: int = 128,
+    window: int | Sequence[int] = 128,
     sinks: int = 4,
     decay: str | None = None,
     far_rope: bool = True,
@@ -55,12 +55,12 @@ def convert_model(
 ) -> Model:
     """Replace the softmax attention of a transformers model by linear attention, in place.
 
-    Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks`` first
-    ones exactly and the rest through a feature map (see :func:`linattn.kernels.kernel_attention`). For sequences of up
-    to ``window + sinks`` tokens (bidirectional: ``window``) the logits are the original's. Projections, rotary
-    embedding, norms, softcaps, learned sink logits, tied weights, dtype and device stay as they are; the new parameters
-    live in ``<attention>.linattn``. The model's class becomes a subclass of the one it had, and its cache a
-    constant-size one.
+    Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks``
+    first ones exactly and the rest through a feature map (see :func:`linattn.kernels.kernel_attention`). For
+    sequences of up to ``window + sinks`` tokens (bidirectional: ``window``; the least window of all layers) the
+    logits are the original's. Projections, rotary embedding, norms, softcaps, learned sink logits, tied weights,
+    dtype and device stay as they are; the new parameters live in ``<attention>.linattn``. The model's class becomes
+    a subclass of the one it had, and its cache a constant-size one.
 
     Args:
         model: any ``PreTrainedModel`` whose attention goes through the interface, causal or bidirectional.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,9 @@ class Transfer(Stage):
     (Attention transfer: Zhang et al. 2024, arXiv:2410.10254; per-layer alignment on the teacher's inputs: Bick et al.
     2024, arXiv:2408.10189. Targets of the far branch's own and window dropout: arXiv:2510.05901.)
 
-    A layer without window and sinks has nothing but a far branch, and its loss is the first term.
+    The hybrid output is the layer's own, as it answers when it is used. A term of no weight is not computed, and not
+    among the metrics ``hybrid``, ``far``, ``mass``, means over the layers. A layer without window and sinks has nothing
+    but a far branch, and its loss is the first term; ``without_window`` is that of the layers whose window is dropped.
 
     Attributes:
         far_weight: of the error of the far branch's own output. With it at 0, and ``mass_weight`` too, a good window
@@ -88,7 +90,8 @@ class LayerErrors(Objective):
 
     def __init__(self, layers: dict[str, ConvertedAttention], stage: Transfer, run: Callable[..., Any]) -> None:
         self.layers, self.stage, self.run = layers, stage, run
-        self.split = stage.far_weight > 0 or stage.mass_weight > 0
+        self.weights = {"far": stage.far_weight, "mass": stage.mass_weight}
+        self.split = any(self.weights.values())
         for path, module in layers.items():
             phi = module.feature_map
             if self.split and module.window + module.sinks and (phi.positional or not phi.positive):
@@ -131,29 +134,18 @@ class LayerErrors(Objective):
         terms: dict[str, dict[str, Tensor]] = {}
 
         def answer(path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            edges = {"window": 0, "sinks": 0} if path in dropped else {}
-            split = exact(module, q, k, v, options, **edges)
+            apart = self.split and path not in dropped and module.window + module.sinks > 0
+            split = exact(module, q, k, v, options, **({} if apart else {"window": 0, "sinks": 0}))
             with torch.enable_grad():
                 if path in dropped:
-                    loss = relative_error(_far_alone(module, q, k, v, options), split.out)
-                    found = {"without_window": loss}
-                elif self.split and module.window + module.sinks:
-                    if module.moves_sinks(q.shape[1]):
-                        raise OptionError(
-                            f"sink_distance={module.sink_distance}: far_weight and mass_weight take window and sinks "
-                            f"from softmax attention, whose sinks keep their distance in {q.shape[1]} tokens; train "
-                            "shorter sequences, or set both to 0."
-                        )
-                    near = split
-                    if module.native_window is not None and module.sinks:  # which sees sinks that softmax did not
-                        near = exact(module, q, k, v, options, native_window=None)
-                    q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
-                    found = _errors(split, far_branch(module, q_far, k_far, v, near))
-                    loss = found["hybrid"] + self.stage.far_weight * found["far"]
-                    loss = loss + self.stage.mass_weight * found["mass"]
+                    found = {"without_window": relative_error(_far_alone(module, q, k, v, options), split.out)}
                 else:
-                    loss = relative_error(ConvertedAttention.forward(module, q, k, v, **options), split.out)
-                    found = {"hybrid": loss}
+                    out = ConvertedAttention.forward(module, q, k, v, **options)
+                    found = {"hybrid": relative_error(out, split.out)}
+                if apart:
+                    q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
+                    found |= self._far_errors(module, q_far, k_far, v, split)
+                loss = torch.stack([self.weights.get(name, 1.0) * error for name, error in found.items()]).sum()
             loss.backward()  # at once, to free the layer's activations
             terms[path] = {"loss": loss.detach()} | {name: error.detach() for name, error in found.items()}
             return split.out.to(v.dtype)
@@ -166,6 +158,22 @@ class LayerErrors(Objective):
         for (_, name), value in zip(flat, values, strict=True):
             by_name.setdefault(name, []).append(value)
         return {name: sum(found) / len(found) for name, found in by_name.items()}
+
+    def _far_errors(
+        self, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, split: SplitAttention
+    ) -> dict[str, Tensor]:
+        """Errors of the far output and of the log far mass, those that have a weight, of queries with something far."""
+        rows, _ = _far_tokens(module, q)
+        log_far, found = split.log_far[:, rows], {}
+        held = log_far.isfinite()  # a sliding window of the layer's own may leave softmax nothing far
+        if self.weights["far"]:
+            far = torch.where(held[..., None], far_output(module, q, k, v), 0.0)
+            found["far"] = relative_error(far, split.far[:, rows])
+        if self.weights["mass"]:
+            target = torch.where(held, log_far, 0.0)
+            error = torch.where(held, far_log_mass(module, q, k, target) - target, 0.0)
+            found["mass"] = error.square().sum() / held.sum().clamp_min(1)
+        return found
 
     def _forward(self, batch: Batch, answer: Callable[..., Tensor]) -> None:
         with answered(self.layers, answer):
@@ -182,70 +190,60 @@ def _far_alone(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, opti
         module.window, module.sinks = window, sinks
 
 
-def _errors(split: SplitAttention, student: FarBranch) -> dict[str, Tensor]:
-    """Errors of the hybrid output, the far output and the log far mass, over queries to which something is far."""
-    rows = slice(split.out.shape[1] - student.far.shape[1], None)
-    log_far = split.log_far[:, rows]
-    held = log_far.isfinite()  # a sliding window of the layer's own may leave softmax nothing far
-    far = torch.where(held[..., None], student.far, 0.0)
-    mass = torch.where(held, student.log_mass - log_far, 0.0).square().sum() / held.sum().clamp_min(1)
-    return {
-        "hybrid": relative_error(student.out, split.out),
-        "far": relative_error(far, split.far[:, rows]),
-        "mass": mass,
-    }
+def far_output(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Output of the far branch normalised by itself, of the queries t ≥ window + sinks: ``[B, T', H, V]``.
 
-
-class FarBranch(NamedTuple):
-    """A converted layer's answer, and its far branch for the queries t ≥ window + sinks, T' of them.
-
-    Attributes:
-        out: ``[B, T, H, V]`` of both branches.
-        far: ``[B, T', H, V]`` of the far branch, normalised by itself.
-        log_mass: ``[B, T', H]`` log of its mass, on the scale of :class:`SplitAttention`.
-    """
-
-    out: Tensor
-    far: Tensor
-    log_mass: Tensor
-
-
-def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, split: SplitAttention) -> FarBranch:
-    """Both branches of a layer apart, in one call of the operator, with gradients to the layer's parameters.
-
-    What is near needs no parameters: it is the teacher's (``split``). What is far from query t are the keys
-    sinks ≤ i ≤ t − window, so with keys from ``sinks`` on and queries from ``window + sinks`` on the far branch is
-    causal attention without a window. One more token, a sink whose value is 0 and whose logit for each query is the log
-    of the near mass, makes its normaliser that of both branches; a column of ones in the values gives the far share s:
-
-        s = F / (F + N),  far = (Σ_far w v / (F + N)) / s,  log F = log N + log s − log(1 − s)
-
-    Decay runs over the window too: exp(Σ log-gates of the last ``window`` tokens) divides the near mass instead.
+    What is far from query t are the keys sinks ≤ i ≤ t − window, so with queries from ``window + sinks`` on and keys
+    from ``sinks`` to T − ``window`` it is causal attention without a window, in the dtype of ``v``. Decay over the
+    window is a factor of each query and head, and so is the far bias: both cancel.
 
     Args:
         module: a converted layer whose map is positive and not positional.
-        q, k: what its feature map sees (:meth:`ConvertedAttention.far_inputs`). v: as it is called with. Computed in
-            float32 at least.
-        split: softmax attention split at the layer's window and sinks, with no other limit: what is near to it.
+        q, k: what its feature map sees (:meth:`ConvertedAttention.far_inputs`). v: as it is called with.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    length, window, sinks = q.shape[1], module.window, module.sinks
-    rows, keys = slice(window + sinks, None), slice(sinks, length - window)
-    log_near, gates = split.log_near[:, rows], module.log_gates(k)
-    logit = log_near
+    rows, keys = _far_tokens(module, q)
+    gates = module.log_gates(k)
+    return kernel_attention(
+        q[:, rows],
+        k[:, keys],
+        v[:, keys],
+        feature_map=module.feature_map,
+        decay=gates if gates is None or gates.ndim == 1 else gates[:, keys],
+    ).out
+
+
+def far_log_mass(module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor) -> Tensor:
+    """Log mass of the far branch at the queries t ≥ window + sinks: ``[B, T', H]``, in float32 at least.
+
+    The queries and keys of :func:`far_output` after one more token, a sink whose logit for each query is ``guess``.
+    Values that say which is which give both shares of the common normaliser:
+
+        log F = guess + log far share − log sink share
+
+    Decay runs over the window too: exp(Σ log-gates of the last ``window`` tokens) divides the sink's mass instead.
+    The shares are computed in the dtype of ``q``, float16 excepted, whose range they leave; so that its precision is
+    theirs, the logit is the sum of two numbers, itself and the rest of its rounding.
+
+    Args:
+        module, q, k: as in :func:`far_output`.
+        guess: ``[B, T', H]`` finite, within some 80 nats of the log mass.
+    """
+    rows, keys = _far_tokens(module, q)
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    guess = guess.to(torch.promote_types(dtype, torch.float32))
+    q, k = q.to(dtype), k.to(dtype)
+    logit, gates = guess, module.log_gates(k)
     if gates is not None:
-        each = gates if gates.ndim == 3 else gates.expand(k.shape[0], length, -1)
-        clock = F.pad(each.cumsum(1), [0, 0, 1, 0])
-        over_window = clock[:, window + sinks + 1 :] - clock[:, sinks + 1 : length - window + 1]
-        logit = log_near - over_window.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        clock = F.pad(gates.expand(*k.shape[:3]).cumsum(1), [0, 0, 1, 0])
+        over_window = clock[:, rows.start + 1 :] - clock[:, keys.start + 1 : keys.stop + 1]
+        logit = guess - over_window.repeat_interleave(q.shape[2] // k.shape[2], 2)
         gates = gates if gates.ndim == 1 else _after_one(gates[:, keys])
-    ones = torch.ones_like(v[:, keys, :, :1])
-    is_sink = torch.zeros(*k[:, keys].shape[:3], 1, dtype=wide, device=k.device)
-    result = kernel_attention(
-        _after_one(logit[..., None]),
-        F.pad(is_sink, [0, 0, 0, 0, 1, 0], value=1.0),
-        _after_one(torch.cat([v[:, keys], ones], -1)),
+    rounded = logit.to(dtype)
+    sink = F.pad(torch.zeros_like(k[:, keys, :, 0]), [0, 0, 1, 0], value=1.0)
+    shares = kernel_attention(
+        _after_one(torch.stack([rounded, (logit - rounded).to(dtype)], -1)),
+        torch.stack([sink, sink], -1),
+        torch.stack([1 - sink, sink], -1),
         feature_map=module.feature_map,
         sinks=1,
         decay=gates,
@@ -254,14 +252,14 @@ def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, spli
         q_far=_after_one(q[:, rows]),
         k_far=_after_one(k[:, keys]),
     ).out[:, 1:]
-    weighted, share = result[..., :-1], result[..., -1]
-    smallest = torch.finfo(wide).tiny
-    share, rest = share.clamp_min(smallest), (1 - share).clamp_min(torch.finfo(wide).eps)
-    return FarBranch(
-        torch.cat([split.near[:, : window + sinks], weighted + rest[..., None] * split.near[:, rows]], 1),
-        weighted / share[..., None],
-        log_near + share.log() - rest.log(),
-    )
+    far, other = shares.to(guess.dtype).clamp_min(torch.finfo(dtype).tiny).log().unbind(-1)
+    return guess + far - other
+
+
+def _far_tokens(module: ConvertedAttention, q: Tensor) -> tuple[slice, slice]:
+    """The queries to which something is far, and the keys that are far from some query."""
+    length = q.shape[1]
+    return slice(module.window + module.sinks, length), slice(module.sinks, length - module.window)
 
 
 def _after_one(x: Tensor) -> Tensor:

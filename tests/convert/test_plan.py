@@ -58,6 +58,21 @@ def test_a_plan_can_be_saved_edited_and_carried_out(make_llama, tmp_path):
     assert model.config.linattn == loaded.to_dict()
 
 
+def test_windows_differ_by_layer_where_a_list_says_so(make_llama, tokens):
+    plan = plan_model(make_llama(), feature_map="elu", window=(4, 9, 6), sinks=2, keep_softmax=[1])
+    assert [layer.window for layer in plan.converted] == [4, 6]
+    model = convert_model(make_llama(), feature_map="elu", window=[4, 9, 6], sinks=2)
+    assert [layer.self_attn.linattn.window for layer in model.model.layers] == [4, 9, 6]
+    prompt, rest = tokens[:, :11], tokens[:, 11:]
+    with torch.no_grad():
+        whole, first = model(tokens).logits, model(prompt, use_cache=True)
+        after = model(rest, past_key_values=first.past_key_values, use_cache=True).logits
+        torch.testing.assert_close(torch.cat([first.logits, after], 1), whole)
+        exact = make_llama()(tokens).logits[:, :6]
+    torch.testing.assert_close(whole[:, :6], exact)
+    assert [layer.state.window for layer in first.past_key_values.layers] == [4, 9, 6]
+
+
 def test_a_plan_of_another_model_is_refused(make_llama):
     plan = plan_model(make_llama())
     with pytest.raises(ConversionError, match="2 attention layers"):
@@ -130,6 +145,8 @@ def test_the_plan_shows_the_seeds(make_llama):
         ({"feature_map_options": {"wrong": 1}}, FeatureMapError, "wrong"),
         ({"feature_map": "linformer", "feature_map_options": {"max_length": 32}}, ConversionError, "causal"),
         ({"window": -1}, OptionError, "window"),
+        ({"window": [4, 4]}, OptionError, "got 2 of them"),
+        ({"window": [4, -1, 4]}, OptionError, "window: got -1"),
         ({"sinks": 1.5}, OptionError, "sinks"),
         ({"decay": "slow"}, OptionError, "decay"),
         ({"layers": [3]}, OptionError, "0 … 2"),

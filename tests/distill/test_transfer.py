@@ -1,4 +1,4 @@
-"""Transfer: the far branch alone against every pair of tokens, and that it learns what it is told to."""
+"""Transfer: the far branch apart against every pair of tokens, and that it learns what it is told to."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from linattn import convert_model
 from linattn.convert import ConvertedAttention
 from linattn.convert.plan import LayerPlan
 from linattn.convert.rotary import Rotation
-from linattn.distill import Transfer, Windows, split_attention, train
+from linattn.distill import Transfer, Windows, split_attention, train, transfer
 from linattn.distill.engine import Batch
-from linattn.distill.transfer import far_branch
+from linattn.distill.transfer import LayerErrors, far_log_mass, far_output
 from linattn.errors import ConversionError, OptionError, UnsupportedError
 
 FAR = {"window": 5, "sinks": 2}
-LENGTH = 24
+LENGTH = 27
 
 
 def layer(
@@ -42,63 +42,122 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense_far(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log mass of the far branch ``[B, T, …]``, one pair of tokens at a time."""
+    """Output and log mass of the far branch at the queries that have one, from the weights of all pairs of tokens."""
     (f_q, a_q), (f_k, a_k) = module.feature_map.forward_queries(q), module.feature_map.forward_keys(k)
+    groups, at = q.shape[2] // k.shape[2], torch.arange(LENGTH)
+    f_k, v = f_k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scale = module.far_bias[:, None, None].expand(len(q), -1, LENGTH, LENGTH)
+    if a_q is not None:
+        scale = scale + a_q.movedim(2, 1)[..., None]
+    if a_k is not None:
+        scale = scale + a_k.repeat_interleave(groups, 2).movedim(2, 1)[..., None, :]
     gates = module.log_gates(k)
-    out, log_mass = q.new_zeros(2, LENGTH, 4, 6), q.new_full((2, LENGTH, 4), -math.inf)
-    for b in range(2):
-        for h in range(4):
-            for t in range(module.window + module.sinks, LENGTH):
-                mass = q.new_zeros(())
-                for i in range(module.sinks, t - module.window + 1):
-                    weight = module.far_bias[h].exp() * (f_q[b, t, h] @ f_k[b, i, h // 2])
-                    weight = weight if a_q is None else weight * a_q[b, t, h].exp()
-                    weight = weight if a_k is None else weight * a_k[b, i, h // 2].exp()
-                    if gates is not None:
-                        passed = gates[h // 2] * (t - i) if gates.ndim == 1 else gates[b, i + 1 : t + 1, h // 2].sum()
-                        weight = weight * passed.exp()
-                    out[b, t, h] += weight.detach() * v[b, i, h // 2]
-                    mass = mass + weight.detach()
-                out[b, t, h] /= mass
-                log_mass[b, t, h] = mass.log()
-    return out, log_mass
+    if gates is not None:
+        clock = gates.expand(len(q), LENGTH, -1).repeat_interleave(groups, 2).movedim(2, 1).cumsum(2)
+        scale = scale + clock[..., None] - clock[..., None, :]
+    far = (at[:, None] - at >= module.window) & (at >= module.sinks) & (at <= at[:, None])
+    weights = torch.where(far, scale.exp() * torch.einsum("bthf,bihf->bhti", f_q, f_k), 0.0)
+    weights = weights[:, :, module.window + module.sinks :]
+    mass = weights.sum(-1).movedim(1, 2)
+    return torch.einsum("bhti,bihv->bthv", weights, v) / mass[..., None], mass.log()
 
 
+def close(got: tuple[Tensor, ...], want: tuple[Tensor, ...], module: ConvertedAttention, bound: float) -> None:
+    """Values, and gradients of their sum under random weights."""
+    generator, parameters = torch.Generator().manual_seed(1), dict(module.named_parameters())
+    weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in want]
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(xs, weights, strict=True)), list(parameters.values()))
+        for xs in (got, want)
+    ]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+    for name, a, b in zip(parameters, *gradients, strict=True):
+        assert b.abs().max() > 0, name
+        assert (a - b).abs().max() <= bound * b.abs().max(), name
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("decay", [None, "fixed", "data"])
 @pytest.mark.parametrize("feature_map", ["elu", "exp", "hedgehog"])
 @pytest.mark.parametrize(("window", "sinks"), [(5, 2), (4, 0), (0, 3)])
-def test_the_far_branch_apart_equals_a_dense_computation(feature_map, decay, window, sinks):
-    module, (q, k, v) = layer(feature_map, decay, window, sinks), inputs()
-    split = split_attention(q, k, v, window=window, sinks=sinks, scale=0.4)
-    got = far_branch(module, q, k, v, split)
+def test_the_far_branch_apart_equals_a_dense_computation(feature_map, decay, window, sinks, dtype, bound):
+    module = layer(feature_map, decay, window, sinks).to(dtype)
+    q, k, v = (x.to(dtype) for x in inputs())
     far, log_mass = dense_far(module, q, k, v)
-    rows = slice(window + sinks, None)
-    torch.testing.assert_close(got.far, far[:, rows], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(got.log_mass, log_mass[:, rows], rtol=1e-9, atol=1e-9)
-    hybrid = module(q, k, v)
-    torch.testing.assert_close(got.out, hybrid, rtol=1e-9, atol=1e-9)
+    guess = log_mass.detach() + torch.randn(log_mass.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    got = far_output(module, q, k, v), far_log_mass(module, q, k, guess)
+    close(got, (far, log_mass), module, bound)
 
-    parameters = dict(module.named_parameters())
-    mine = torch.autograd.grad(got.out.square().sum(), list(parameters.values()))
-    want = torch.autograd.grad(hybrid.square().sum(), list(parameters.values()))
-    for name, a, b in zip(parameters, mine, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+@pytest.mark.parametrize("guess", [-30.0, 0.0, 30.0])
+def test_any_guess_gives_the_log_mass(guess):
+    module, (q, k, v) = layer("hedgehog", "fixed").float(), (x.float() for x in inputs())
+    _, log_mass = dense_far(module, q, k, v)
+    got = far_log_mass(module, q, k, torch.full_like(log_mass, guess))
+    close((got, far_output(module, q, k, v)), (log_mass, dense_far(module, q, k, v)[0]), module, 1e-4)
 
 
 @pytest.mark.parametrize("decay", ["fixed", "data"])
-def test_the_far_branch_apart_reads_what_the_layer_does(decay):
-    """Queries and keys before rotary embedding, beside the exact attention of those after it."""
-    module, (q_far, k_far, v) = layer("hedgehog", decay, far_rope=False), inputs()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_the_result_and_not_the_logit(dtype, decay):
+    """A guess of 40 would lose a tenth of a nat to bfloat16."""
+    module, (q, k, v) = layer("hedgehog", decay), inputs()
+    q, k, v = (x.to(dtype).double() for x in (q, k, v))
+    far, log_mass = dense_far(module, q, k, v)
+    with torch.no_grad():
+        module.far_bias += 40
+    guess = (log_mass + 40 + torch.linspace(-1, 1, log_mass.shape[1])[:, None]).detach()
+    got = far_log_mass(module, q.to(dtype), k.to(dtype), guess)
+    assert got.dtype == torch.float32
+    ulp = torch.finfo(dtype).eps
+    assert (got - 40 - log_mass).abs().max() <= 3 * torch.finfo(torch.bfloat16).eps
+    assert (far_output(module, q.to(dtype), k.to(dtype), v.to(dtype)) - far).abs().max() <= 3 * ulp * v.abs().max()
+
+
+@pytest.mark.parametrize("native_window", [None, 12])
+@pytest.mark.parametrize("far_rope", [True, False])
+@pytest.mark.parametrize("decay", ["fixed", "data"])
+def test_the_loss_is_that_of_its_terms(decay, far_rope, native_window):
+    """Of a layer alone; without rotary embedding far, maps and gates see queries and keys before it."""
+    module, (q_far, k_far, v) = layer("hedgehog", decay, far_rope=far_rope), inputs()
+    module.native_window = native_window
     angle = torch.randn(1, LENGTH, 4, dtype=torch.float64).repeat(1, 1, 2)
     rotation = Rotation(apply_rotary_pos_emb, angle.cos(), angle.sin())
     after = apply_rotary_pos_emb(q_far.transpose(1, 2), k_far.transpose(1, 2), angle.cos(), angle.sin())
     q, k = (x.transpose(1, 2) for x in after)
-    split = split_attention(q, k, v, window=5, sinks=2, scale=0.4)
-    got = far_branch(module, *module.far_inputs(q, k, rotation), v, split)
+    if far_rope:
+        q_far, k_far = q, k
+    options = {"softcap": None, "sink_logits": None, "rotation": rotation}
+    stage = Transfer(steps=1, far_weight=0.7, mass_weight=0.2)
+    found = LayerErrors({"layer": module}, stage, lambda *_, **__: module(q, k, v, **options))(Batch(torch.zeros(1, 1)))
+
+    split = split_attention(q, k, v, window=5, sinks=2, scale=0.4, native_window=native_window)
     far, log_mass = dense_far(module, q_far, k_far, v)
-    torch.testing.assert_close(got.far, far[:, 7:], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(got.log_mass, log_mass[:, 7:], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(got.out, module(q, k, v, rotation=rotation), rtol=1e-9, atol=1e-9)
+    want_far, want_mass = split.far[:, 7:], split.log_far[:, 7:]
+    hybrid = (module(q, k, v, rotation=rotation) - split.out).square().sum() / split.out.square().sum()
+    terms = {
+        "hybrid": hybrid,
+        "far": (far - want_far).square().sum() / want_far.square().sum(),
+        "mass": (log_mass - want_mass).square().mean(),
+    }
+    want = {"loss": hybrid + 0.7 * terms["far"] + 0.2 * terms["mass"]} | terms
+    assert found == pytest.approx({name: value.item() for name, value in want.items()}, rel=1e-5)
+    for (name, p), gradient in zip(
+        module.named_parameters(), torch.autograd.grad(want["loss"], list(module.parameters())), strict=True
+    ):
+        assert (p.grad - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("terms", [[], ["far"], ["mass"], ["far", "mass"]])
+def test_a_term_without_weight_is_not_computed(llama, tokens_file, monkeypatch, terms):
+    calls = set()
+    for name, function in {"far": far_output, "mass": far_log_mass}.items():
+        spy = lambda *tensors, name=name, function=function: calls.add(name) or function(*tensors)  # noqa: E731
+        monkeypatch.setattr(transfer, function.__name__, spy)
+    weights = {f"{name}_weight": float(name in terms) for name in ("far", "mass")}
+    assert list(run(convert_model(llama(), **FAR), tokens_file, steps=1, **weights)) == ["loss", "hybrid", *terms]
+    assert calls == set(terms)
 
 
 def run(model: nn.Module, tokens_file, **options) -> dict[str, list[float]]:
@@ -145,10 +204,10 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_whole_output_has_the_error_of_its_parts(tokens_file, family):
+def test_terms_of_no_weight_change_nothing_in_any_family(tokens_file, family):
     kind, sizes, options = FAMILIES[family]
 
-    def error(**weights: float) -> list[float]:
+    def errors(**weights: float) -> dict[str, list[float]]:
         torch.manual_seed(0)
         config = getattr(transformers, f"{kind}Config")(**(SIZES | sizes))
         model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
@@ -157,11 +216,13 @@ def test_the_whole_output_has_the_error_of_its_parts(tokens_file, family):
                 p.mul_(9) if p.ndim > 1 else p.add_(0.3 * torch.randn_like(p))
         seen = run(convert_model(model, **FAR, **options), tokens_file, steps=4, **weights)
         assert all(math.isfinite(value) for values in seen.values() for value in values)
-        return seen["hybrid"]
+        return seen
 
-    assert error()[0] == pytest.approx(error(far_weight=0.0, mass_weight=0.0)[0], rel=1e-3)
-    only_hybrid = {"far_weight": 1e-12, "mass_weight": 0.0}
-    assert error(**only_hybrid) == pytest.approx(error(far_weight=0.0, mass_weight=0.0), rel=1e-2)
+    alone, small = errors(far_weight=0.0, mass_weight=0.0), errors(far_weight=1e-12, mass_weight=1e-12)
+    assert (list(alone), list(small)) == (["loss", "hybrid"], ["loss", "hybrid", "far", "mass"])
+    assert small["hybrid"] == pytest.approx(alone["hybrid"], rel=1e-2)
+    if family == "sliding no further":
+        assert small["far"] == small["mass"] == [0.0] * 4
 
 
 def test_a_layer_without_a_window_has_one_error(llama, tokens_file):
@@ -170,11 +231,11 @@ def test_a_layer_without_a_window_has_one_error(llama, tokens_file):
     assert seen["loss"][-1] < 0.9 * seen["loss"][0]
 
 
-def test_sinks_at_a_distance_that_softmax_does_not_have_are_refused(llama, tokens_file):
-    model = convert_model(llama(), **FAR, sink_distance=38)
-    with pytest.raises(OptionError, match=r"sink_distance=38: .* 40 tokens"):
-        run(model, tokens_file)
-    assert list(run(model, tokens_file, far_weight=0.0, mass_weight=0.0)) == ["loss", "hybrid"]
+def test_the_distance_of_sinks_is_nothing_to_the_far_branch(llama, tokens_file):
+    own, bounded = (run(convert_model(llama(), **FAR, sink_distance=at), tokens_file) for at in (None, 20))
+    assert own["far"][0] == bounded["far"][0]
+    assert own["mass"][0] == bounded["mass"][0]
+    assert own["hybrid"][0] != bounded["hybrid"][0]
 
 
 def test_half_precision_learns_as_single_does(llama, tokens_file):

@@ -188,6 +188,22 @@ def test_a_control_can_come_later_and_be_trained_by_stages_of_its_own(recipe, ti
         recipe.run(WITH_CONTROL, teacher, out=tmp_path / "a", **inputs)
 
 
+def test_recall_is_measured_of_all_models_and_read_again(recipe, tiny, files, tmp_path, monkeypatch):
+    asked = {"distances": [64, 96], "tasks": ["passkey"], "prompts": 2}
+    config = CONFIG | {"keep": [], "control": True, "audit": {"lengths": [], "recall": asked}}
+    recipe.main(command(tiny, files, tmp_path / "run", config))
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["recall"]
+    assert found.keys() == {"teacher", "student", "control", "trained_control"}
+    for rows in found.values():
+        assert [(row["task"], row["distance"], row["prompts"]) for row in rows] == [
+            ("passkey", 64, 2),
+            ("passkey", 96, 2),
+        ]
+    monkeypatch.setattr(recipe, "recall_by_distance", None)
+    recipe.main(command(tiny, files, tmp_path / "run", config))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["recall"] == found
+
+
 def test_minutes_become_steps_once_and_leave_the_student_as_it_was(recipe, tiny, files, tmp_path, monkeypatch):
     teacher, tokenizer = recipe.load_teacher(str(tiny), torch.float32, "cpu")
     student = linattn.convert_model(recipe.copy.deepcopy(teacher), **CONFIG["student"])
@@ -238,6 +254,7 @@ def test_a_converted_student_and_layers_by_name(recipe, tiny, files, tmp_path):
         ({"student": {"windw": 3}}, "student has no windw"),
         ({"stagse": []}, "has no stagse"),
         ({"audit": {"length": 3}}, "audit has no length"),
+        ({"audit": {"recall": {"prompt": 3}}}, "recall has no prompt"),
         ({"keep": {"number": 3}}, "keep has no number"),
         ({"control": 3}, "control is 3"),
         ({"control": True, "stages": CONFIG["stages"][:1]}, "control takes stages of logits"),

@@ -248,7 +248,7 @@ def dq_kernel(
                 dphi = tl.dot(e.to(OT), phi_k, dphi, input_precision=PRECISION)
                 if TOP or DECAY:
                     row_factor *= exp(tl.minimum(log_row, LARGEST_EXPONENT))
-                if TOP or DECAY or rden is not None:
+                if (TOP or DECAY) or rden is not None:
                     dphi = dphi * row_factor[:, None]
             S, z = join(S, z, phi_k, xv, counted, True, OT, PRECISION)
         else:
@@ -326,10 +326,10 @@ def dkv_kernel(
     DECAY: tl.constexpr = gate_sums is not None
     PROJECT: tl.constexpr = key_weight is not None
     BIAS: tl.constexpr = key_bias is not None
-    FACTORED: tl.constexpr = QUERIES and not KLOG and not EXACT
+    FACTORED: tl.constexpr = (QUERIES and not KLOG) and not EXACT
     # Unless both have log-scales, far weights have the scale of rows, and no memory leaves the range of numbers.
     LOG: tl.constexpr = TOP and KLOG
-    SINGLE: tl.constexpr = QUERIES and G == 1 and C > 32  # one query head: what needs most registers comes last
+    SINGLE: tl.constexpr = (QUERIES and G == 1) and C > 32  # one query head: what needs most registers comes last
     key_stat = origin * kv_heads + kv_head
     if key_log is not None:
         key_log += key_stat

@@ -293,7 +293,7 @@ def features(
         top = tl.maximum(tl.max(tl.abs(phi), 1), 1.0)
         phi = phi / top[:, None]
         log_scale = tl.log(top)
-    if weight is not None and ACT != SOFTMAX and ACT != MIRRORED:
+    if (weight is not None and ACT != SOFTMAX) and ACT != MIRRORED:
         phi = phi.to(tl.float32) * weight[:, None]
     return phi, log_scale
 

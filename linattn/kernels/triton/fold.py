@@ -118,7 +118,7 @@ def fold_kernel(
                 log_weight += g if REVERSE else to_end
                 step = tl.where(group == 0, gate, 0.0)
             joining = None
-            if BEFORE and (LOG or DECAY or relative is not None):
+            if BEFORE and ((LOG or DECAY) or relative is not None):
                 joining, keep, m = weigh(m, log_weight, counts, step, LOG)
             if rden is not None:
                 share = tl.load(column(rden + stat, at_x, H, C), mask=valid, other=0.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linattn.errors import UnsupportedError
-from linattn.kernels.triton import launch, plan
+from linattn.kernels.triton import launch, plan, precompile
 from linattn.kernels.triton.config import Config
 from linattn.kernels.triton.launch import Inputs, Memory, Options, Stats
 
@@ -169,6 +169,15 @@ def _attended_backward(
     needs = dict.fromkeys(Inputs._fields, False) | dict(zip(names, wanted, strict=True))
     grads = launch.attend_backward(x, o, c, out, Stats(*stats), dout, needs)
     return tuple([grads.get(name) if needs[name] else None for name in names])
+
+
+def _following(settings: tuple[Any, ...], needs: tuple[bool, ...], tensors: Any, results: Any) -> Any:
+    """The backward pass of a training forward pass."""
+    dout = torch.empty(results[0].shape, dtype=results[0].dtype, device=results[0].device)
+    return _attended_backward, (*settings, needs), (dout, *tensors, *results)
+
+
+precompile.sequels[_attended_training] = _following
 
 
 @_bound

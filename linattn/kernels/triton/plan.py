@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linattn.kernels.triton import runtime
+from linattn.kernels.triton import precompile, runtime
 
 Body: TypeAlias = Callable[..., Sequence[Tensor | None]]
 Step: TypeAlias = Callable[[list[Any], list[Any], int], None]
@@ -59,6 +59,7 @@ def run(body: Body, settings: tuple[Any, ...], tensors: Sequence[Tensor | None])
     if found.__class__ is Plan:
         return found(tensors, words)
     if found is None:
+        precompile.prepare(body, settings, tensors)
         _keep(key, _SEEN)
     elif found is _SEEN:
         tensors = _told_apart(tensors)
@@ -152,6 +153,8 @@ class _Release:
 
 class Recorder(TorchDispatchMode):
     """Writes down what a call does while it runs, in this thread."""
+
+    collects = False
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()

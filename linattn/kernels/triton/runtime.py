@@ -23,7 +23,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 class _Local(threading.local):
     recorder: Any = None
-    """Who is told of this thread's launches."""
+    """Who is told of this thread's launches, or takes them in their place."""
 
 
 local = _Local()
@@ -52,6 +52,9 @@ def launch(
     recorder = local.recorder
     if recorder is None:
         _launch(kernel, grid, args, options, constants)
+        return
+    if recorder.collects:
+        recorder.collect(kernel, args, options | constants)
         return
     recorder.rests = True
     try:
