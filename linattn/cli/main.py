@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -634,6 +633,7 @@ def select_layers(
 
         from linattn.distill import Windows, keep_softmax
         from linattn.distill import select_layers as select
+        from linattn.distill.engine import finite
 
         cut = Windows(data, length, seed=None)
         read = torch.stack([cut[i] for i in range(min(windows, len(cut)))])
@@ -647,7 +647,7 @@ def select_layers(
         if (tokenizer := _optional(source.tokenizer)) is not None:
             tokenizer.save_pretrained(out)
     if as_json:
-        costs = [{name: _finite(value) for name, value in cost._asdict().items()} for cost in found.costs]
+        costs = [{name: finite(value) for name, value in cost._asdict().items()} for cost in found.costs]
         typer.echo(json.dumps({"model": model, "method": method.value, "kept": found.kept, "costs": costs}, indent=2))
         return
     if found.costs:
@@ -885,11 +885,6 @@ def _npy(out: Path) -> Path:
     if out.suffix != ".npy":
         raise typer.BadParameter(f"--out {out}: expected a name that ends in .npy.")
     return out
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from linattn.convert import load_state, prepare_cache, save_state
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -143,3 +146,27 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(3, 64, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def check_continuation(tmp_path: Path) -> Callable[[PreTrainedModel, Tensor], None]:
+    """A state of ``tokens [2, 30]`` continues exactly after rollback, repeating, reordering and storage."""
+
+    def check(model: PreTrainedModel, tokens: Tensor) -> None:
+        def logits(ids: Tensor, **options: Any) -> Tensor:
+            with torch.no_grad():
+                return model(ids, **options).logits
+
+        cache = prepare_cache(model, DynamicCache(config=model.config))
+        cache.activate_past_recording()
+        logits(tokens, past_key_values=cache)
+        cache.crop(-5)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
+        save_state(cache, tmp_path / "state.safetensors")
+        rows = torch.cat([tokens[[1, 0, 0, 1], :25], tokens[[0, 1, 0, 1], :9]], 1)
+        want = logits(rows, use_cache=False)[:, 25:]
+        for held in (load_state(tmp_path / "state.safetensors"), cache):
+            torch.testing.assert_close(logits(rows[:, 25:], past_key_values=held), want, rtol=1e-9, atol=1e-9)
+
+    return check

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from linattn import ConversionPlan, convert_model, load, plan_model, revert_model
 from linattn.audit.memory import equal_bytes_plan
-from linattn.convert import ConvertedAttention, hf, load_state, prepare_cache, save_state, window_only
+from linattn.convert import ConvertedAttention, hf, prepare_cache, window_only
 from linattn.errors import CheckpointError, ConversionError, OptionError
 from linattn.kernels import kernel_attention
 
@@ -187,19 +187,8 @@ def test_a_conversion_without_feature_map_has_the_same_sinks(families, passed):
         build(families["llama"], feature_map=None, sink_distance=2)
 
 
-def test_a_state_continues_exactly_after_rollback_reordering_and_storage(families, tmp_path):
-    model, tokens = build(families["qwen3"]), families["qwen3"].inputs(30)["input_ids"]
-    cache = prepare_cache(model, DynamicCache(config=model.config))
-    cache.activate_past_recording()
-    logits(model, tokens, past_key_values=cache)
-    cache.crop(-5)
-    cache.batch_repeat_interleave(2)
-    cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
-    save_state(cache, tmp_path / "state.safetensors")
-    rows = torch.cat([tokens[[1, 0, 0, 1], :25], tokens[[0, 1, 0, 1], :9]], 1)
-    want = logits(model, rows, use_cache=False)[:, 25:]
-    for held in (load_state(tmp_path / "state.safetensors"), cache):
-        torch.testing.assert_close(logits(model, rows[:, 25:], past_key_values=held), want, rtol=1e-9, atol=1e-9)
+def test_a_state_continues_exactly_after_rollback_reordering_and_storage(families, check_continuation):
+    check_continuation(build(families["qwen3"]), families["qwen3"].inputs(30)["input_ids"])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt-neox"])
