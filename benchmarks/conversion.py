@@ -1,14 +1,14 @@
 """What each part of a conversion is worth: one model through the recipe many times, a part changed each time.
 
-    python benchmarks/conversion.py --out runs --train train.npy --dev dev.npy --audit docs=docs.npy [--minutes 10]
+    python benchmarks/conversion.py --out runs --train train.npy --dev dev.npy --audit docs=docs.npy [--jobs 4]
     python benchmarks/conversion.py --smoke
 
-Every variant trains as long as the others (--minutes) on the same tokens, through recipes/convert_smollm2.py: the
-recipe of recipes/configs/default.json without layers kept softmax; the same without its transfer, its far target, its
-decay, and without rotary embedding in the far branch; with 2, 4 and 6 layers kept, chosen by KL; and LoLCATs
-(arXiv:2410.10254), with cross-entropy as published, and with KL.
-The recipe without kept layers and with 4 of them are held against a window of equal bytes trained as they were, too,
-which takes their minutes of logits once more. Called again it goes on where it was stopped. Writes
+All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
+softmax ("hybrid") and with none ("pure"), both beside a window of equal bytes trained as they were; the recipe with
+windows of 128 in all layers and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its
+far target, its decay, and with rotary embedding in the far branch; and LoLCATs (arXiv:2410.10254), with cross-entropy
+as published, and with KL. --part 0.3 takes that part of all stages' steps.
+Called again it goes on where it was stopped. Several --jobs share a GPU that one small model cannot fill. Writes
 results/conversion.json, .md and .png: perplexity on held-out texts at several lengths, beside the teacher, the same
 weights without their far branch, and windows of equal bytes, untrained and trained. --smoke runs all of it on the CPU
 with a tiny random model and tokens; its numbers mean nothing.
@@ -21,9 +21,11 @@ import copy
 import json
 import math
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,9 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import convert_smollm2 as recipe
 
 CONFIGS = ROOT / "recipes" / "configs"
-BASE = "recipe"
-CONTROLLED = (BASE, "4 layers softmax")
-"""Variants with a trained control."""
+HYBRID, PURE = "hybrid", "pure"
+"""The recipes, with a trained control each."""
+BASE = "window 128"
 OVER = {
     "far_branch": "far branch off",
     "over_control": "equal bytes, no training",
@@ -53,14 +55,17 @@ BARS = (
     ("trained_control", "window of equal bytes, trained", 0.27),
 )
 """Models of the plot, their labels, and where their bars stand."""
-SMOKE_VOCABULARY = 64
+SMOKE_VOCABULARY, SMOKE_LAYERS = 64, 9
 SMOKE = {"length": 32, "rows": 1, "steps": 2, "warmup": 0}
 
 
 def variants() -> dict[str, dict[str, Any]]:
     """Configs by name."""
-    base = json.loads((CONFIGS / "default.json").read_text(encoding="utf-8")) | {"keep": 0}
-    lolcats = json.loads((CONFIGS / "lolcats.json").read_text(encoding="utf-8"))
+    hybrid, pure, lolcats = (
+        json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")) for name in ("default", "pure", "lolcats")
+    )
+    alone = {"control": False, "audit": {k: v for k, v in hybrid["audit"].items() if k != "recall"}}
+    base = hybrid | {"keep": 0} | alone
     transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
     rest = [stage for stage in base["stages"] if stage["kind"] != "transfer"]
 
@@ -70,8 +75,10 @@ def variants() -> dict[str, dict[str, Any]]:
     no_target = [stage | {"far_weight": 0.0, "mass_weight": 0.0} for stage in transfers]
     by_kl = [stage | {"cross_entropy": 0.0} if stage["kind"] == "logits" else stage for stage in lolcats["stages"]]
     found = {
+        HYBRID: hybrid,
+        PURE: pure,
         BASE: base,
-        **{f"{count} layers softmax": base | {"keep": count} for count in (2, 4, 6)},
+        **{f"{BASE}, {count} layers softmax": base | {"keep": count} for count in (2, 4)},
         "no transfer": base | {"stages": rest},
         "no far target": base | {"stages": no_target + rest},
         "no decay": student(decay=None),
@@ -80,23 +87,23 @@ def variants() -> dict[str, dict[str, Any]]:
         "LoLCATs, cross-entropy": lolcats,
         "LoLCATs, KL": lolcats | {"stages": by_kl},
     }
-    own = {name: {"name": name, "control": name in CONTROLLED} for name in found}
-    return {name: copy.deepcopy(config) | own[name] for name, config in found.items()}
+    return {name: copy.deepcopy(config) | {"name": name} for name, config in found.items()}
 
 
-def within(config: dict[str, Any], minutes: float) -> dict[str, Any]:
-    """The config with its stages' minutes scaled to so many in all."""
-    total = sum(stage["minutes"] for stage in config["stages"])
-    stages = [stage | {"minutes": stage["minutes"] * minutes / total} for stage in config["stages"]]
-    return config | {"stages": stages}
+def shortened(config: dict[str, Any], part: float) -> dict[str, Any]:
+    """The config with so much of its stages' steps."""
+    return config | {"stages": [stage | {"steps": max(1, round(part * stage["steps"]))} for stage in config["stages"]]}
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """The config in the sizes of the smoke test."""
-    stages = [{k: v for k, v in stage.items() if k != "minutes"} | SMOKE for stage in config["stages"]]
-    changes = {"student": config["student"] | {"window": 6}, "stages": stages}
-    keep = {"count": config.get("keep", 0), "windows": 1, "length": 32}
-    return config | changes | {"keep": keep, "audit": {"lengths": [48, 96], "windows": 2}}
+    stages = [stage | SMOKE for stage in config["stages"]]
+    windows = config["student"]["window"]
+    window = [6 if each == min(windows) else 12 for each in windows[:SMOKE_LAYERS]] if isinstance(windows, list) else 6
+    changes = {"student": config["student"] | {"window": window}, "stages": stages}
+    if not isinstance(config.get("keep", []), list):
+        changes["keep"] = {"count": config["keep"], "windows": 1, "length": 32}
+    return config | changes | {"audit": {"lengths": [48, 96], "windows": 2}}
 
 
 def run(
@@ -114,6 +121,24 @@ def run(
         return recipe.run(config, teacher, out=folder, log=lambda line: print(f"  {line}", flush=True), **data)
     except LinattnError as error:
         return {"config": config, "error": str(error).splitlines()[0]}
+
+
+def side_by_side(names: Sequence[str], jobs: int, out: Path, argv: Sequence[str]) -> None:
+    """Run variants in processes of their own, ``jobs`` at a time; each writes a log beside its folder."""
+
+    def start(name: str) -> int:
+        with (out / f"{_folder(name)}.log").open("w", encoding="utf-8") as log:
+            own = ["--only", name, "--jobs", "1", "--results", str(out / _folder(name) / "table")]
+            command = [sys.executable, str(Path(__file__)), *_without_only(argv), *own]
+            return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, code in zip(names, pool.map(start, names), strict=True):
+            print(f"{name}: {'done' if code == 0 else f'stopped with {code}, see its log'}", flush=True)
+
+
+def _without_only(argv: Sequence[str]) -> list[str]:
+    return [word for at, word in enumerate(argv) if word != "--only" and (at == 0 or argv[at - 1] != "--only")]
 
 
 def _alike(config: Mapping[str, Any], path: Path) -> bool:
@@ -224,7 +249,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> bool:
 def smoke_inputs(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A tiny random model, and tokens."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": SMOKE_VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 7}
+    sizes = {"vocab_size": SMOKE_VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": SMOKE_LAYERS}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, SMOKE_VOCABULARY, 1000).astype(np.uint16))
     tokens = folder / "tokens.npy"
@@ -239,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dev", type=Path, help=".npy tokens to measure while training and to choose layers by")
     parser.add_argument("--audit", action="append", default=[], metavar="NAME=FILE", help="held-out .npy tokens")
     parser.add_argument("--model", help="directory, .gguf file or hub name; default SmolLM2-135M-Instruct")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training, of each variant")
+    parser.add_argument("--part", type=float, default=1.0, help="of the steps of all stages")
+    parser.add_argument("--jobs", type=int, default=1, help="variants that run at once")
     parser.add_argument("--only", action="append", metavar="NAME", choices=list(variants()), help="repeatable")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -258,11 +284,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             chosen = {name: small(config) for name, config in chosen.items()}
             where = args.results or out
         else:
-            teacher, _ = recipe.load_teacher(args.model, getattr(torch, args.dtype), args.device)
+            teacher, tokenizer = recipe.load_teacher(args.model, getattr(torch, args.dtype), args.device)
             audits = dict(each.split("=", 1) for each in args.audit)
-            data = {"train_data": args.train, "dev_data": args.dev}
+            data = {"train_data": args.train, "dev_data": args.dev, "tokenizer": tokenizer}
             data |= {"audits": {name: Path(file) for name, file in audits.items()}}
-            chosen = {name: within(config, args.minutes) for name, config in chosen.items()}
+            chosen = {name: shortened(config, args.part) for name, config in chosen.items()}
+            if args.jobs > 1:
+                side_by_side(list(chosen), args.jobs, out, sys.argv[1:] if argv is None else argv)
             where = args.results or RESULTS
         results = {}
         base = out / _folder(BASE)
@@ -273,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"  not run: {results[name]['error']}", flush=True)
             if any("error" not in result for result in results.values()):  # what is there is written at once
                 where.mkdir(parents=True, exist_ok=True)
-                about = f"{args.minutes:g} minutes of training each, {next(_devices(results))}."
+                about = f"{args.part:g} of the steps of the configs, {next(_devices(results))}."
                 if args.smoke:
                     about = "A tiny random model: these numbers mean nothing."
                 write_results(where / "conversion.json", {"smoke": args.smoke, "results": results}, "transformers")

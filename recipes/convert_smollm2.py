@@ -293,9 +293,11 @@ def _audits(
 ) -> list[dict[str, Any]]:
     """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
 
-    One that was written without a control that there is now is written anew.
+    One that was written without a control that there is now is written anew. The far-gain ratio is left out where half a
+    window is in the student's reach.
     """
     wanted = "trained_control" if control is not None and "losses" in options["parts"] else None
+    reach = _reach(student)
     rows = []
     for name, path in audits.items():
         for length in options["lengths"]:
@@ -308,7 +310,9 @@ def _audits(
                     log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
                     continue
                 tokens = torch.stack([windows[i] for i in range(count)])
-                report = audit_model(teacher, student, tokens, parts=options["parts"], trained_control=control)
+                short = min(2048, length // 2) < reach
+                parts = [part for part in options["parts"] if not (short and part == "far_gain")]
+                report = audit_model(teacher, student, tokens, parts=parts, trained_control=control)
                 save_report(report, folder, title=f"{name}, windows of {length} tokens", plots=False)
             row: dict[str, Any] = {"text": name, "length": length, "windows": report["windows"]}
             if "models" in report:
@@ -317,7 +321,7 @@ def _audits(
                 row["bytes"] = {each: about["bytes"] for each, about in report["models"].items() if "bytes" in about}
                 row["beyond_reach"] = report["beyond_reach"]
                 log(f"audit {name} at {length:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in row["losses"].items()))
-            rows.append(row | {"verdict": report["verdict"]})
+            rows.append(row | {key: report[key] for key in ("far_gain", "verdict") if key in report})
     return rows
 
 
@@ -345,15 +349,19 @@ def _recall(
             prompts=options["prompts"],
             prefix=first if first and first[0] in tokenizer.all_special_ids else [],
         )
-        plan = linattn.ConversionPlan.from_dict(student.config.linattn)
-        reach = max(layer.window + layer.sinks for layer in plan.converted)
-        windows = Windows(text, 2 * reach + 2, seed=None)
+        windows = Windows(text, 2 * _reach(student) + 2, seed=None)
         tokens = torch.stack([windows[i] for i in range(2)])
         report = audit_model(teacher, student, tokens, parts=["recall"], recall=measure, trained_control=control)
         save_report(report, folder, title="recall by distance", plots=False)
     for name, found in report["recall"].items():
         log(f"recall of {name}: " + ", ".join(f"{r['task']} {r['distance']:,}: {r['rate']:.2f}" for r in found))
     return report["recall"]
+
+
+def _reach(student: PreTrainedModel) -> int:
+    """Tokens that the widest converted layer attends exactly."""
+    plan = linattn.ConversionPlan.from_dict(student.config.linattn)
+    return max(layer.window + layer.sinks for layer in plan.converted)
 
 
 def _mean(buckets: Sequence[Mapping[str, Any]]) -> float:
