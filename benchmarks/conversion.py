@@ -64,8 +64,8 @@ def variants() -> dict[str, dict[str, Any]]:
     hybrid, pure, lolcats = (
         json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")) for name in ("default", "pure", "lolcats")
     )
-    alone = {"control": False, "audit": {k: v for k, v in hybrid["audit"].items() if k != "recall"}}
-    base = hybrid | {"keep": 0} | alone
+    alone = {"control": False, "audit": {key: hybrid["audit"][key] for key in ("lengths", "windows")}}
+    base = hybrid | {"student": hybrid["student"] | {"window": 128}, "keep": 0} | alone
     transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
     rest = [stage for stage in base["stages"] if stage["kind"] != "transfer"]
 

@@ -294,7 +294,7 @@ def _audits(
     """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
 
     One that was written without a control that there is now is written anew. The far-gain ratio is left out where half a
-    window is in the student's reach.
+    window is in the student's reach, and where windows are longer than the teacher was made for.
     """
     wanted = "trained_control" if control is not None and "losses" in options["parts"] else None
     reach = _reach(student)
@@ -310,8 +310,8 @@ def _audits(
                     log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
                     continue
                 tokens = torch.stack([windows[i] for i in range(count)])
-                short = min(2048, length // 2) < reach
-                parts = [part for part in options["parts"] if not (short and part == "far_gain")]
+                fair = reach <= min(2048, length // 2) and length <= (teacher.config.max_position_embeddings or length)
+                parts = [part for part in options["parts"] if fair or part != "far_gain"]
                 report = audit_model(teacher, student, tokens, parts=parts, trained_control=control)
                 save_report(report, folder, title=f"{name}, windows of {length} tokens", plots=False)
             row: dict[str, Any] = {"text": name, "length": length, "windows": report["windows"]}

@@ -52,9 +52,9 @@ def check(
         map_ = map_.double() if wide else map_
         leaves = {n: t.to(cast).requires_grad_() for n, t in zip("qkv", tensors, strict=True)}
         extra = {} if gates is None else {"decay": gates.to(torch.float64 if wide else torch.float32).requires_grad_()}
-        out = kernel_attention(**leaves, **extra, feature_map=map_, impl=impl, **(options or {})).out
         if sink_queries:
             extra["q_sink"] = others.to(cast).requires_grad_()
+        out = kernel_attention(**leaves, **extra, feature_map=map_, impl=impl, **(options or {})).out
         watched = {**leaves, **extra, **dict(map_.named_parameters())}
         grads = torch.autograd.grad(out, list(watched.values()), cotangent.to(out.dtype))
         return {"output": out.detach(), **{f"gradient of {n}": g for n, g in zip(watched, grads, strict=True)}}
