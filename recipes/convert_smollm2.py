@@ -265,7 +265,8 @@ def _stage_report(stage: Transfer | Logits, done: Any, folder: Path) -> dict[str
     last = [line for line in lines if line["stage"] == done.name][-1]
     numbers = {"tokens": last["tokens"], "tokens_per_second": round(last["tokens"] / max(done.seconds, 1e-9), 1)}
     held_out = {key: value for key, value in last.items() if key.startswith("held_out_")}
-    return dataclasses.asdict(done) | numbers | held_out | {"options": dataclasses.asdict(stage)}
+    options = {key: value for key, value in dataclasses.asdict(stage).items() if key not in ("data", "held_out")}
+    return dataclasses.asdict(done) | numbers | held_out | {"options": options}
 
 
 def _keep(student: PreTrainedModel, keep: Mapping[str, Any], data: Path, path: Path, log: Log) -> None:
@@ -293,8 +294,8 @@ def _audits(
 ) -> list[dict[str, Any]]:
     """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
 
-    One that was written without a control that there is now is written anew. The far-gain ratio is left out where half a
-    window is in the student's reach, and where windows are longer than the teacher was made for.
+    One that was written without a control that there is now is written anew. The far-gain ratio is left out where half
+    a window is in the student's reach, and where windows are longer than the teacher was made for.
     """
     wanted = "trained_control" if control is not None and "losses" in options["parts"] else None
     reach = _reach(student)

@@ -1,0 +1,160 @@
+"""Tables and plot of what conversion.py measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+OVER = {
+    "far_branch": "far branch off",
+    "over_control": "equal bytes, no training",
+    "over_trained_control": "equal bytes, trained",
+}
+"""What a variant is compared with beyond its window, by the name of the difference in an audit."""
+MODELS = {
+    "student": "as it is",
+    "far_off": "far branch off",
+    "trained_control": "window of equal bytes, trained",
+    "control": "window of equal bytes, no training",
+}
+"""Models of a variant, and what the plot calls them."""
+RECALLED = {"student": "**{}**", "control": "— equal bytes, no training", "trained_control": "— equal bytes, trained"}
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def markdown(results: Results, *, smoke: bool) -> str:
+    """Cross-entropies, gains beyond the window over windows alone, and recall by distance."""
+    done = {name: result for name, result in results.items() if "error" not in result}
+    machines = dict.fromkeys(f"{result['device']}, {result['dtype']}" for result in done.values())
+    about = "A tiny random model: these numbers mean nothing." if smoke else f"Measured on: {'; '.join(machines)}."
+    sections = [["# Conversion: what each part is worth", "", about], _losses(done), _gains(done), _recalls(done)]
+    failed = [f"Not run: {name}: {result['error']}" for name, result in results.items() if "error" in result]
+    return "\n\n".join(["\n".join(lines) for lines in sections if lines] + failed) + "\n"
+
+
+def _losses(done: Results) -> list[str]:
+    rows: list[list[str]] = []
+
+    def losses(result: Mapping[str, Any], model: str) -> list[str]:
+        return [loss(row["losses"][model]) for row in result["audit"]]
+
+    for name, result in done.items():
+        if not rows:
+            rows += [["teacher", "", "", *losses(result, "teacher")]]
+        rows += [[f"**{name}**", str(len(result["kept"])), _millions(result["stages"]), *losses(result, "student")]]
+        if result["config"]["student"].get("feature_map", "hedgehog") is not None:
+            rows += [["— far branch off", "", "", *losses(result, "far_off")]]
+            rows += [["— equal bytes, no training", "", "", *losses(result, "control")]]
+        if control := result["control"]:
+            rows += [["— equal bytes, trained", "", _millions(control["stages"]), *losses(result, "trained_control")]]
+    places = [f"{row['text']}, {row['length']:,}" for result in list(done.values())[:1] for row in result["audit"]]
+    return [
+        "Cross-entropy on held-out texts in nats per token, by window length (for softmax layers, lengths beyond the "
+        "teacher's are as foreign as for the teacher):",
+        "",
+        *_table(["variant", "softmax layers", "M tokens", *places], rows),
+    ]
+
+
+def _gains(done: Results) -> list[str]:
+    rows = [
+        [
+            name,
+            f"{row['text']}, {row['length']:,}",
+            *(_gain(row["beyond_reach"].get(over)) for over in OVER),
+            _ratio(row),
+        ]
+        for name, result in done.items()
+        for row in result["audit"]
+    ]
+    return [
+        "Cross-entropy of windows alone less that of a variant, beyond its window, in nats per token, ± s.e.: its own "
+        "window (far branch off), and the teacher's with as many bytes as the variant's state, untrained and trained "
+        "on the tokens of the variant's stages of logits. Last, the part of its teacher's gain from text beyond the "
+        "window that the variant has:",
+        "",
+        *_table(["variant", "text", *OVER.values(), "far-gain ratio"], rows),
+    ]
+
+
+def _recalls(done: Results) -> list[str]:
+    asked = {name: result["recall"] for name, result in done.items() if result.get("recall")}
+    if not asked:
+        return []
+    first = next(iter(asked.values()))["teacher"]
+    rows = [["teacher", *(f"{cell['rate']:.2f}" for cell in first)]]
+    for name, recall in asked.items():
+        for model, label in RECALLED.items():
+            if model in recall:
+                rows += [[label.format(name), *(f"{cell['rate']:.2f}" for cell in recall[model])]]
+    header = [f"{cell['task']}, {cell['distance']:,}" for cell in first]
+    about = f"Recall of a fact so many tokens back, by generation with the cache, of {first[0]['prompts']} prompts:"
+    return [about, "", *_table(["model", *header], rows)]
+
+
+def loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def _millions(stages: Sequence[Mapping[str, Any]]) -> str:
+    return f"{sum(stage['tokens'] for stage in stages) / 1e6:.1f}"
+
+
+def _gain(bucket: Mapping[str, Any] | None) -> str:
+    if bucket is None:
+        return ""
+    error = bucket["standard_error"]
+    return f"{bucket['mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    gain = row.get("far_gain")
+    return "" if gain is None or gain["ratio"] is None else f"{gain['ratio']:.2f} ± {gain['standard_error']:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def plot(results: Results, path: Path) -> bool:
+    """Cross-entropy of each variant and of the models beside it, by text and length; the teacher's as a line.
+
+    False without matplotlib, or where nothing was measured.
+    """
+    done = {name: result for name, result in results.items() if "error" not in result}
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    if not done:
+        return False
+    rows = next(iter(done.values()))["audit"]
+    texts, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("text", "length"))
+    size = (2.4 + 3.2 * len(lengths), 0.8 + (0.6 + 0.5 * len(done)) * len(texts))
+    figure, grid = plt.subplots(
+        len(texts), len(lengths), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for at, row in enumerate(rows):
+        ax, shown = grid[texts.index(row["text"])][lengths.index(row["length"])], []
+        for place, (model, label) in enumerate(MODELS.items()):
+            values = [result["audit"][at]["losses"].get(model, math.nan) for result in done.values()]
+            ax.barh([i + 0.2 * (place - 1.5) for i in range(len(done))], values, 0.2, label=label)
+            shown += [value for value in values if math.isfinite(value)]
+        low, high = min(shown), sorted(shown)[int(0.8 * (len(shown) - 1))]
+        teacher = row["losses"]["teacher"]
+        if teacher < high:  # longer windows than it was made for are off the chart
+            ax.axvline(teacher, color="black", linestyle="--", label="teacher")
+            low = min(low, teacher)
+        ax.set_xlim(low - 0.1 * (high - low), high + 0.3 * (high - low))
+        ax.set_title(f"{row['text']}, windows of {row['length']:,}", fontsize=9)
+        ax.set_xlabel("nats per token", fontsize=8)
+    grid[0][0].set_yticks(range(len(done)), list(done))
+    grid[0][0].invert_yaxis()
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
