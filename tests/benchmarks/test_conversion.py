@@ -63,10 +63,7 @@ def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, 
     assert written["smoke"] is True
     assert "decay" in results["no decay"]["error"]
     assert {name: len(result.get("kept", "none")) for name, result in results.items()} == {
-        "hybrid": 6,
-        "pure": 0,
-        "window 128": 0,
-        "no decay": 4,
+        "hybrid": 6, "pure": 0, "window 128": 0, "no decay": 4
     }
     text = (tmp_path / "results" / "conversion.md").read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if line.startswith("| **hybrid**")]
@@ -76,9 +73,7 @@ def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, 
         for row in result.get("audit", ()):
             (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} | random, {row['length']} |")]
             beyond = row["beyond_reach"]
-            told = [
-                benchmark._gain(beyond.get(over)) for over in ("far_branch", "over_control", "over_trained_control")
-            ]
+            told = [benchmark._gain(beyond.get(over)) for over in ("far_branch", "over_control", "over_trained_control")]
             assert line.removesuffix(" |").split(" | ")[2:] == told
     assert (text.count("| — equal bytes, no training |"), text.count("| — equal bytes, trained |")) == (3, 2)
     assert f"Not run: no decay: {results['no decay']['error']}" in text
