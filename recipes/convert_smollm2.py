@@ -104,7 +104,8 @@ def run(
             stages = _stages(entries, student, teacher, out / name, train_data, dev_data, log)
             reports += _train(student, teacher, stages, out / name, train_data, log)
         if name == "align" and isinstance(keep, dict):
-            _keep(student, keep, dev_data or train_data, out / "layers.json", log)
+            window = config["student"].get("softmax_window")
+            _keep(student, keep, window, dev_data or train_data, out / "layers.json", log)
     student.save_pretrained(out / "model")
     control, about = None, None
     if config["control"]:
@@ -269,8 +270,13 @@ def _stage_report(stage: Transfer | Logits, done: Any, folder: Path) -> dict[str
     return dataclasses.asdict(done) | numbers | held_out | {"options": options}
 
 
-def _keep(student: PreTrainedModel, keep: Mapping[str, Any], data: Path, path: Path, log: Log) -> None:
-    """Turn the layers whose conversion costs most back to softmax; the choice is made once and written down."""
+def _keep(
+    student: PreTrainedModel, keep: Mapping[str, Any], window: int | None, data: Path, path: Path, log: Log
+) -> None:
+    """Turn the layers whose conversion costs most back to softmax, of the last ``window`` tokens if it is a number.
+
+    The choice is made once and written down.
+    """
     if not path.exists():
         windows = Windows(data, keep["length"], seed=None)
         tokens = torch.stack([windows[i] for i in range(min(keep["windows"], len(windows)))])
@@ -280,7 +286,7 @@ def _keep(student: PreTrainedModel, keep: Mapping[str, Any], data: Path, path: P
     kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
     log(f"kept softmax: {kept}")
     if kept:
-        keep_softmax(student, *kept, reason=f"chosen by KL ({keep['method']})")
+        keep_softmax(student, *kept, reason=f"chosen by KL ({keep['method']})", softmax_window=window)
 
 
 def _audits(

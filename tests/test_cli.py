@@ -119,7 +119,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
     shutil.copy(saved / "config.json", bare)
     file = tmp_path / "plan.json"
     options = ("--feature-map", "elu", "--window", 7, "--keep-layers", "0,2-2", "--decay", "fixed", "--no-far-rope")
-    options += ("--sink-distance", 63)
+    options += ("--sink-distance", 63, "--softmax-window", 20)
     text = cli("plan", bare, *options, "--output", file).stdout
     expected = linattn.plan_model(
         transformers.LlamaForCausalLM.from_pretrained(saved),
@@ -129,6 +129,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
         decay="fixed",
         far_rope=False,
         sink_distance=63,
+        softmax_window=20,
     )
     assert text == f"{expected}\n"
     assert linattn.ConversionPlan.load(file) == expected
@@ -193,11 +194,12 @@ def test_sampling_is_seeded(converted: Path) -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("far", ["favor+", "none"])
+@pytest.mark.parametrize("far", ["favor+", "none", "bound"])
 def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Path, tmp_path: Path, far: str) -> None:
-    if far == "none":
+    if far != "favor+":
         converted = tmp_path / "near"
-        cli("convert", saved, converted, "--feature-map", far, "--window", 4, "--sinks", 1, "--keep-layers", "1")
+        options = ("--feature-map", "none") if far == "none" else ("--feature-map", "favor+", "--softmax-window", 20)
+        cli("convert", saved, converted, *options, "--window", 4, "--sinks", 1, "--keep-layers", "1")
     tokens = torch.arange(3, 15)[None]
     held = {}
     for path in (saved, converted):
@@ -213,8 +215,8 @@ def test_info_counts_the_bytes_that_generation_holds(saved: Path, converted: Pat
     per_token = (held[saved][0] + held[saved][2]) / 12
     assert (report["equal_at_tokens"] - 1) * per_token < report["state_bytes"] <= report["equal_at_tokens"] * per_token
     text = cli("info", converted).stdout
-    assert f"2 × {'no far branch' if far == 'none' else far}, window 4, sinks 1" in text
-    assert "1 × softmax" in text
+    assert f"2 × {'no far branch' if far == 'none' else 'favor+'}, window 4, sinks 1" in text
+    assert f"1 × softmax{', window 20, sinks 1' if far == 'bound' else ''}\n" in text
     assert f"{report['equal_at_tokens']:,} tokens" in text
 
 
@@ -476,6 +478,10 @@ def test_layers_are_selected_and_left_softmax(student: Path, data: Path, tmp_pat
     kinds = [layer["kind"] for layer in linattn.load(out).config.linattn["layers"]]
     assert kinds == [layer.kind for layer in want.plan.layers]
     assert cli(*ask, "--method", "uniform").stdout == "keep softmax: 1\n"
+    cli(*ask, "--out", tmp_path / "bound", "--plan", plan, "--softmax-window", 16)
+    made = linattn.load(tmp_path / "bound").config.linattn["layers"][want.kept[0]]
+    planned = linattn.ConversionPlan.load(plan).layers[want.kept[0]]
+    assert (made["kind"], made["window"]) == (planned.kind, planned.window) == ("bound", 16)
     assert "0 ≤ keep < 3" in cli(*ask, "--keep", 3, code=1).stderr
 
 

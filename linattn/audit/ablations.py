@@ -16,8 +16,9 @@ from linattn.feature_maps import SequenceMap
 def far_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Delete the far branch while the context lasts: sliding windows with sinks, with the same weights.
 
-    As with all ablations here: only converted layers change, a layer kept softmax stays as it is; on exit, also by an
-    exception, every layer is as it was; caches do not carry over from one form to another; ablations nest.
+    As with all ablations here: only converted layers change, one kept softmax, within a window or not, stays as it is;
+    on exit, also by an exception, every layer is as it was; caches do not carry over from one form to another;
+    ablations nest.
 
     Raises:
         ConversionError: the model has no converted layer.
@@ -37,13 +38,13 @@ def attention_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def converted_layers(model: nn.Module) -> list[ConvertedAttention]:
-    """The converted attention of ``model``, in module order.
+    """The converted attention of ``model``, in module order, without layers left softmax within a window.
 
     Raises:
         ConversionError: it has none.
         UnsupportedError: a layer's feature map replaces the attention as a whole and has no branches.
     """
-    layers = [module for module in model.modules() if isinstance(module, ConvertedAttention)]
+    layers = [module for module in model.modules() if isinstance(module, ConvertedAttention) and not module.bound]
     if not layers:
         raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")
     for layer in layers:

@@ -15,7 +15,7 @@ from linattn.errors import OptionError, ShapeError
 def stacked_reach(student: nn.Module) -> int:
     """Tokens of intact text beyond which the stacked windows of a converted model see nothing: Σ (window − 1) + 1.
 
-    Layers kept softmax have no such limit and are not counted.
+    Layers kept softmax have no such limit, or a far wider one (``softmax_window``), and are not counted.
 
     Raises:
         ConversionError: ``student`` is not converted.

@@ -39,8 +39,9 @@ class StateBytes(NamedTuple):
     """Bytes that one sequence of ``length`` tokens leaves in the cache of a model.
 
     Attributes:
-        linear: states of the converted layers, the same at every length.
-        softmax: keys and values of the layers kept softmax; of those with a sliding window, up to it.
+        linear: states of the converted layers and of those left softmax within a window (``softmax_window``), the same
+            at every length: rings are of full size from the first token on.
+        softmax: keys and values of the other layers kept softmax; of those with a sliding window, up to it.
         length: tokens of the sequence.
     """
 
@@ -57,7 +58,7 @@ class StateBytes(NamedTuple):
 
 
 def cache_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes that a cache holds now: in states of converted layers, and in keys and values."""
+    """Bytes that a cache holds now: in states, and in keys and values, as :class:`StateBytes` tells them apart."""
     linear = softmax = 0
     layer: Any
     for layer in cache.layers:
@@ -71,9 +72,9 @@ def cache_bytes(cache: Cache) -> tuple[int, int]:
 def state_bytes(model: PreTrainedModel, length: int, *, probe: int = PROBE) -> StateBytes:
     """Bytes of memory per sequence of ``length`` tokens, converted or not.
 
-    Measured from the cache that the model fills with ``probe`` tokens, and compared there with the formula: of a
-    converted layer, the tensors of an :class:`~linattn.AttentionState` of its sizes; of a softmax layer, the bytes of a
-    token's key and value times the tokens. The formula then gives the bytes at ``length``.
+    Measured from the cache that the model fills with ``probe`` tokens, and compared there with the formula: of a layer
+    with a state, the tensors of an :class:`~linattn.AttentionState` of its sizes; of another, the bytes of a token's
+    key and value times the tokens. The formula then gives the bytes at ``length``.
 
     Args:
         model: a causal model. length: tokens, ≥ 1.
@@ -154,9 +155,10 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     """The conversion to sliding windows with sinks, and nothing else, that takes at most the student's bytes.
 
     All converted layers have the student's sinks and one window: the largest with which their states take together no
-    more bytes than the student's. The layers that the student keeps softmax are kept, so that this holds for texts of
-    any length. Given a ``length``, they become windows too, and their keys and values of so many tokens count among the
-    bytes to spend. A layer with a sliding window of its own gets no larger one than that.
+    more bytes than the student's. The layers that the student keeps softmax are kept as they are, those bound to a
+    window with it, so that this holds for texts of any length. Given a ``length``, they become windows too, and their
+    keys and values of so many tokens, or their states, count among the bytes to spend. A layer with a sliding window of
+    its own gets no larger one than that.
 
     ``convert_model(teacher, plan=equal_bytes_plan(student))``, in the student's dtype, is the control: it trains, saves
     and loads like any converted model. :func:`equal_bytes_control` makes the untrained one for a while.
@@ -168,14 +170,17 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     if length is not None and length < 1:
         raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1.")
     layers = converted_layers(student)
-    budget, sinks, dtype = _linear_bytes(student), max(layer.sinks for layer in layers), _dtype(student, layers[0])
-    distances = {layer.sink_distance for layer in layers}
+    _settle(student)
+    budget, dtype = sum(_layer_bytes(student, layer) for layer in layers), _dtype(student, layers[0])
     plan = ConversionPlan.from_dict(student.config.linattn)
+    sinks, distance = plan.farthest_sinks
     for layer in plan.kept if length else ():
         if layer.supported and layer.native_window is None:
-            layer.kind, layer.reason, layer.sinks = "convert", "", sinks
-            layer.sink_distance = max((d for d in distances if d is not None), default=None)
-            budget += 2 * layer.kv_heads * layer.head_dim * dtype.itemsize * (length or 0)
+            pairs = 2 * layer.kv_heads * layer.head_dim * dtype.itemsize * (length or 0)
+            budget += _window_bytes(layer, layer.window, dtype) if layer.kind == "bound" else pairs
+            if layer.kind == "keep":
+                layer.sinks, layer.sink_distance = sinks, distance
+            layer.kind, layer.reason = "convert", ""
 
     def size(window: int) -> int:
         return sum(_window_bytes(layer, window, dtype) for layer in plan.converted)
@@ -222,26 +227,28 @@ def _settle(model: PreTrainedModel) -> None:
 
 
 def _linear_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the states of the converted layers, by formula."""
+    """Bytes of all states, by formula."""
+    converted_layers(model)  # whose feature maps have states
     _settle(model)
-    total = 0
-    for layer in converted_layers(model):
-        phi = layer.feature_map
-        total += AttentionState.empty(
-            1,
-            num_kv_heads=phi.num_kv_heads,
-            feature_dim=phi.feature_dim if layer.far else 0,
-            head_dim=phi.head_dim,
-            window=layer.window,
-            sinks=layer.sinks,
-            far_head_dim=phi.head_dim if layer.far and layer.keeps_far_keys else None,
-            decay=layer.far and layer.decay is not None,
-            dtype=_dtype(model, layer),
-            device="meta",
-        ).nbytes
-        if layer.far and not layer.far_rope and not layer.keeps_far_keys:
-            total += layer.window * POSITION.itemsize
-    return total
+    return sum(_layer_bytes(model, layer) for layer in model.modules() if isinstance(layer, ConvertedAttention))
+
+
+def _layer_bytes(model: PreTrainedModel, layer: ConvertedAttention) -> int:
+    phi = layer.feature_map
+    state = AttentionState.empty(
+        1,
+        num_kv_heads=phi.num_kv_heads,
+        feature_dim=phi.feature_dim if layer.far else 0,
+        head_dim=phi.head_dim,
+        window=layer.window,
+        sinks=layer.sinks,
+        far_head_dim=phi.head_dim if layer.far and layer.keeps_far_keys else None,
+        decay=layer.far and layer.decay is not None,
+        dtype=_dtype(model, layer),
+        device="meta",
+    )
+    turns_back = layer.far and not layer.far_rope and not layer.keeps_far_keys
+    return state.nbytes + (layer.window * POSITION.itemsize if turns_back else 0)
 
 
 def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:

@@ -170,6 +170,8 @@ def _effective_rank(matrix: Tensor) -> Tensor:
 def _teacher_masses(teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tensor) -> list[Tensor]:
     """``[H]`` of each layer of ``plan``: the mass of its far tokens in the teacher's softmax, over the windows."""
     plan = ConversionPlan.from_dict(plan.to_dict())
+    for planned in plan.kept:
+        planned.kind = "keep"  # as the teacher has it
     for planned in plan.converted:
         planned.feature_map, planned.feature_map_options, planned.decay, planned.far_rope = "elu", {}, None, True
         planned.sink_distance = None

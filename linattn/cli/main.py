@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from enum import Enum
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -111,6 +112,10 @@ KeepLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Attention layers left softmax, by index: 0,5,10-12."),
 ]
+SoftmaxWindow = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="TOKENS", help="Bounds layers left softmax to so many tokens and the sinks."),
+]
 NativeSliding = Annotated[Sliding, typer.Option(help="What becomes of layers with a sliding window of their own.")]
 KeepUnsupported = Annotated[
     bool, typer.Option("--keep-unsupported", help="Leave layers that cannot be converted softmax, not refuse.")
@@ -126,6 +131,7 @@ PLAN_OPTIONS = (
     "far_rope",
     "sink_distance",
     "keep_layers",
+    "softmax_window",
     "native_sliding",
     "keep_unsupported",
 )
@@ -142,6 +148,7 @@ def plan(
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
+    softmax_window: SoftmaxWindow = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
     output: Annotated[
@@ -169,6 +176,7 @@ def plan(
         far_rope,
         sink_distance,
         keep_layers,
+        softmax_window,
         native_sliding,
         keep_unsupported,
     )
@@ -194,6 +202,7 @@ def convert(
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
+    softmax_window: SoftmaxWindow = None,
     native_sliding: NativeSliding = Sliding.keep,
     keep_unsupported: KeepUnsupported = False,
     plan: Annotated[
@@ -226,6 +235,7 @@ def convert(
         far_rope,
         sink_distance,
         keep_layers,
+        softmax_window,
         native_sliding,
         keep_unsupported,
     )
@@ -604,6 +614,7 @@ def select_layers(
     ] = Method.alone,
     windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 4,
     length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window.")] = 1024,
+    softmax_window: SoftmaxWindow = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the plan, for `convert --plan` on the original model.")
     ] = None,
@@ -639,11 +650,13 @@ def select_layers(
         read = torch.stack([cut[i] for i in range(min(windows, len(cut)))])
         loaded = _loaded(source, dtype, _device(device))
     with _count("Measuring") as watch:
-        found = select(loaded, read, keep=keep, method=method.value, progress=watch)
+        how: dict[str, Any] = {"method": method.value, "softmax_window": softmax_window}
+        found = select(loaded, read, keep=keep, progress=watch, **how)
     if plan is not None:
         found.plan.save(plan)
     if out is not None:
-        keep_softmax(loaded, *found.kept, reason=f"chosen by KL ({method.value})").save_pretrained(out)
+        reason = f"chosen by KL ({method.value})"
+        keep_softmax(loaded, *found.kept, reason=reason, softmax_window=softmax_window).save_pretrained(out)
         if (tokenizer := _optional(source.tokenizer)) is not None:
             tokenizer.save_pretrained(out)
     if as_json:
@@ -810,6 +823,7 @@ def _plan_options(
     far_rope: bool,
     sink_distance: int | None,
     keep_layers: str | None,
+    softmax_window: int | None,
     native_sliding: Sliding,
     keep_unsupported: bool,
 ) -> dict[str, Any]:
@@ -823,6 +837,7 @@ def _plan_options(
         "far_rope": far_rope,
         "sink_distance": sink_distance,
         "keep_softmax": _indices(keep_layers or ""),
+        "softmax_window": softmax_window,
         "native_sliding": native_sliding.value,
         "on_unsupported": "keep" if keep_unsupported else "error",
     }
@@ -932,7 +947,7 @@ def _dtype(config: PretrainedConfig) -> torch.dtype:
 
 class LayerMemory(NamedTuple):
     state: int
-    """Bytes of the state; 0 for a softmax layer."""
+    """Bytes of the state; 0 for a softmax layer without a window."""
     token: int
     """Bytes of one token in a key/value cache."""
     limit: int | None
@@ -941,8 +956,7 @@ class LayerMemory(NamedTuple):
 
 def _layer_memory(layer: LayerPlan, dtype: torch.dtype, keeps: bool) -> LayerMemory:
     token = 2 * layer.kv_heads * layer.head_dim * dtype.itemsize
-    converted = layer.kind == "convert"
-    return LayerMemory(_state_bytes(layer, dtype, keeps) if converted else 0, token, layer.native_window)
+    return LayerMemory(_state_bytes(layer, dtype, keeps) if layer.kind != "keep" else 0, token, layer.native_window)
 
 
 def _keeping_far_keys(source: Source, layers: list[LayerPlan]) -> dict[str, bool | None]:
@@ -999,20 +1013,23 @@ def _memory(
         before = sum(cache(tokens, each) for each in memory)
         now = sum(each.state or cache(tokens, each) for each in memory)
         rows.append({"length": tokens, "cache_bytes": before, "bytes": now})
-    state = sum(each.state for each in memory)
-    per_token = sum(each.token for each in memory if each.state)
+    converted = [layer.kind == "convert" for layer in layers]
+    state = sum(each.state for each in compress(memory, converted))
+    per_token = sum(each.token for each in compress(memory, converted))
     how: dict[str, int] = {}
     for layer in layers:
         text = "softmax"
         if layer.kind == "convert":
             decay = f", {layer.decay} decay" if layer.decay else ""
             text = f"{layer.feature_map or 'no far branch'}, window {layer.window}, sinks {layer.sinks}{decay}"
+        elif layer.kind == "bound":
+            text += f", window {layer.window}, sinks {layer.sinks}"
         how[text] = how.get(text, 0) + 1
     return {
-        "converted_layers": sum(bool(each.state) for each in memory),
-        "softmax_layers": sum(not each.state for each in memory),
+        "converted_layers": sum(converted),
+        "softmax_layers": len(layers) - sum(converted),
         "unknown_layers": sum(not layer.heads for layer in layers),
-        "most_state_bytes": sum(each.state for each in most),
+        "most_state_bytes": sum(each.state for each in compress(most, converted)),
         "attention": how,
         "state_bytes": state,
         "equal_at_tokens": -(-state // per_token) if per_token else None,

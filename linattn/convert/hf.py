@@ -55,7 +55,7 @@ class ConvertedAttention(nn.Module):
     """The linear attention of one converted layer: a feature map, a far bias and, if asked for, a decay.
 
     A layer whose plan has no feature map is a sliding window with sinks: it has no parameters, ``far`` is False, and
-    its ``feature_map`` serves for the sizes alone.
+    its ``feature_map`` serves for the sizes alone. So is one left softmax within a window (``kind="bound"``).
 
     It lives as the child ``linattn`` of the attention module it serves; the projections, norms and rotary embedding
     stay that module's own. See :func:`linattn.kernels.kernel_attention` for the operator.
@@ -67,6 +67,7 @@ class ConvertedAttention(nn.Module):
     Attributes:
         far: False deletes the far branch, leaving a sliding window with sinks: the control a conversion must beat.
             See :func:`linattn.convert.window_only`.
+        bound: True in a layer left softmax within a window: what looks at converted layers passes it by.
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
         far_rope: False where the far branch reads queries and keys before rotary embedding.
         sink_distance: tokens of rotary distance that sinks behind the window keep at most, or None.
@@ -84,7 +85,7 @@ class ConvertedAttention(nn.Module):
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
         self.sink_distance = layer.sink_distance
-        self.far = layer.feature_map is not None
+        self.far, self.bound = layer.feature_map is not None, layer.kind == "bound"
         self.keeps_far_keys: bool | None = self.far and not self.far_rope
         self.feature_map = make(
             layer.feature_map or PLAIN,
@@ -226,6 +227,9 @@ class ConvertedAttention(nn.Module):
                 "that layer's scale in the plan (plan.layers[i].scale) and convert with it."
             )
         shape = q.shape
+        plain = cache_layer is None and mask is None and cu_seqlens is None and softcap is None and sink_logits is None
+        if plain and self.causal and not self.far and shape[1] <= self.window:
+            return softmax_attention(q, k, v, phi.scale)
         q_far, k_far = self.far_inputs(q, k, rotation) if self.far and not self.far_rope else (None, None)
         if cu_seqlens is not None:
             if cache_layer is not None:
@@ -285,8 +289,15 @@ class ConvertedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
-        parts += [f"far_rope={self.far_rope}"]
+        parts += ["softmax"] if self.bound else [f"far_rope={self.far_rope}"]
         return ", ".join(parts if self.sink_distance is None else [*parts, f"sink_distance={self.sink_distance}"])
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention of whole sequences: q ``[B, T, H, D]``, k and v with Hkv heads → ``[B, T, H, V]``."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    attend = nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 def _with_far_keys(state: AttentionState, positions: Tensor, rotation: Rotation, tokens: int) -> AttentionState:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = 1
+KINDS = ("convert", "keep", "bound")
 DECAYS = (None, "fixed", "data")
 LINEAR = "is linear already: its memory is of constant size"
 
@@ -31,13 +32,15 @@ class LayerPlan:
         index: position among the model's attention layers, in module order.
         path: name of the attention module in the model.
         attention: its class.
-        kind: ``"convert"``, or ``"keep"`` for softmax attention as it was.
+        kind: ``"convert"``; ``"keep"`` for softmax attention as it was; ``"bound"`` for softmax attention of the last
+            ``window`` tokens and the sinks, which counts as kept.
         reason: why it is kept; empty for a converted layer.
         supported: False where conversion is impossible; ``reason`` says why.
         heads, kv_heads, head_dim: sizes H, Hkv, D of its queries and keys.
         scale: its softmax scale.
         causal: False for bidirectional attention.
-        feature_map: name of the registered feature map; None in a converted layer: window and sinks, nothing far.
+        feature_map: name of the registered feature map; None in a converted layer: window and sinks, nothing far, as
+            in a bound one.
         feature_map_options: options of that map.
         window: tokens attended exactly, the query's own included.
         sinks: first tokens attended exactly by all.
@@ -89,14 +92,36 @@ class ConversionPlan:
 
     @property
     def kept(self) -> list[LayerPlan]:
-        return [layer for layer in self.layers if layer.kind == "keep"]
+        """The layers left softmax, those that are bound to a window among them."""
+        return [layer for layer in self.layers if layer.kind != "convert"]
 
-    def keep(self, *indices: int, reason: str = "asked for") -> ConversionPlan:
-        """Leave the layers at ``indices`` softmax; returns the plan."""
+    @property
+    def replaced(self) -> list[LayerPlan]:
+        """The layers whose attention changes: the converted ones, and those left softmax within a window."""
+        return [layer for layer in self.layers if layer.kind != "keep"]
+
+    def keep(self, *indices: int, reason: str = "asked for", softmax_window: int | None = None) -> ConversionPlan:
+        """Leave the layers at ``indices`` softmax; returns the plan.
+
+        Args:
+            softmax_window: bounds them to so many tokens and the sinks, as in :func:`plan_model`. A layer that was
+                softmax takes the sinks of the converted ones.
+        """
         _check_indices("indices", indices, self.layers)
+        _check_softmax_window(softmax_window)
+        sinks, distance = self.farthest_sinks
         for index in indices:
-            self.layers[index].kind, self.layers[index].reason = "keep", reason
+            layer = self.layers[index]
+            if layer.kind == "keep" and softmax_window is not None:
+                layer.sinks, layer.sink_distance = sinks, distance
+            _leave(layer, reason, softmax_window)
         return self
+
+    @property
+    def farthest_sinks(self) -> tuple[int, int | None]:
+        """``sinks`` and ``sink_distance`` of the converted layers, the most of each."""
+        distances = [layer.sink_distance for layer in self.converted if layer.sink_distance is not None]
+        return max((layer.sinks for layer in self.converted), default=0), max(distances, default=None)
 
     def check(self) -> None:
         """Raise unless every entry is complete and its feature map can be built.
@@ -106,9 +131,14 @@ class ConversionPlan:
             OptionError, FeatureMapError: a field is outside its domain.
         """
         for layer in self.layers:
-            if layer.kind not in ("convert", "keep"):
-                raise OptionError(f"{layer.path}: kind={layer.kind!r}, expected 'convert' or 'keep'.")
-            if layer.kind == "convert":
+            if layer.kind not in KINDS:
+                raise OptionError(f"{layer.path}: kind={layer.kind!r}, expected one of {', '.join(map(repr, KINDS))}.")
+            if layer.kind == "bound" and layer.feature_map is not None:
+                raise OptionError(
+                    f"{layer.path}: kind='bound' has no far branch for feature_map={layer.feature_map!r}; "
+                    f"plan.keep({layer.index}, softmax_window=…) makes such a layer."
+                )
+            if layer.kind != "keep":
                 _check_layer(layer)
         if not self.converted:
             raise ConversionError(f"{self.model_type}: nothing is left to convert.\n{_refusals(self.layers)}")
@@ -160,11 +190,13 @@ class ConversionPlan:
             notes = [*layer.notes, "no rotary embedding in the far branch"] if not layer.far_rope else layer.notes
             if layer.sink_distance is not None:
                 notes = [*notes, f"sinks at most {layer.sink_distance} tokens away"]
+            if layer.kind == "bound":
+                notes = [f"softmax of the last {layer.window} tokens and {layer.sinks} sinks", *notes]
             why = "; ".join([layer.reason] * bool(layer.reason) + notes)
             heads = f"{layer.heads}/{layer.kv_heads}×{layer.head_dim}" if layer.heads else ""
             how = ("softmax", "", "", "", why)
-            if layer.kind == "convert":
-                becomes = layer.feature_map or "window only"
+            if layer.kind != "keep":
+                becomes = "softmax" if layer.kind == "bound" else layer.feature_map or "window only"
                 how = (becomes, str(layer.window), str(layer.sinks), str(layer.decay or "-"), why)
             rows.append((str(layer.index), layer.path, layer.attention, heads, *how))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -185,6 +217,7 @@ def plan_model(
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
+    softmax_window: int | None = None,
     native_sliding: str = "keep",
     on_unsupported: str = "error",
 ) -> ConversionPlan:
@@ -206,6 +239,10 @@ def plan_model(
             index, so that every layer draws its own.
         layers: indices of the attention layers to convert; default all that can be.
         keep_softmax: indices of the attention layers to leave softmax.
+        softmax_window: bounds these to the last so many tokens and the ``sinks``, at ``sink_distance``: their memory
+            stops growing, and at most the length the model was trained on, none of these tokens stands at a rotary
+            distance it never met. Sequences of so many tokens are attended as before. Layers that cannot be converted,
+            or have a sliding window of their own, stay as they are.
         native_sliding: ``"keep"`` leaves layers with a sliding window of their own as they are; ``"convert"``
             converts them with the smaller of the two windows.
         on_unsupported: ``"error"`` refuses a model in which a chosen layer cannot be converted; ``"keep"`` leaves
@@ -227,6 +264,7 @@ def plan_model(
         raise OptionError(f"window: got {len(windows)} of them, the model has {len(entries)} attention layers.")
     for each in dict.fromkeys(windows) or [0]:
         _check_options(each, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
+    _check_softmax_window(softmax_window)
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
     _check_indices("layers", chosen or (), entries)
@@ -237,7 +275,11 @@ def plan_model(
     refused = []
     for layer in entries:
         if layer.index in keep_softmax:
-            layer.kind, layer.reason = "keep", "asked for"
+            _leave(layer, "asked for", softmax_window)
+            if layer.kind == "bound":
+                layer.sinks = sinks
+                if getattr(modules[layer.index], "use_rope", True):
+                    _settle_rope(layer, model, True, sink_distance)
         elif chosen is not None and layer.index not in chosen:
             layer.kind, layer.reason = "keep", "not among the layers asked for"
         elif not layer.supported:
@@ -301,6 +343,14 @@ def _fill(
         layer.notes.append(f"{layer.feature_map} replaces the attention as a whole: no window, no sinks")
 
 
+def _leave(layer: LayerPlan, reason: str, window: int | None) -> None:
+    """Leave a layer softmax, within a window where there is one and the layer can have it."""
+    layer.kind, layer.reason = "keep", reason
+    if window is not None and layer.supported and layer.native_window is None:
+        layer.kind, layer.window = "bound", window
+        layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
+
+
 def _settle_rope(layer: LayerPlan, model: PreTrainedModel, far_rope: bool, sink_distance: int | None) -> None:
     from linattn.convert.rotary import SINK_DISTANCE, embedding_of, rotary_of
 
@@ -339,6 +389,11 @@ def _check_options(
         raise OptionError(f"on_unsupported: got {on_unsupported!r}, expected 'error' or 'keep'.")
 
 
+def _check_softmax_window(window: int | None) -> None:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise OptionError(f"softmax_window: got {window!r}, expected None or an integer ≥ 1.")
+
+
 def _check_sink_distance(sink_distance: int | None, sinks: int) -> None:
     if sink_distance is not None:
         if isinstance(sink_distance, bool) or not isinstance(sink_distance, int) or sink_distance < sinks:
@@ -366,7 +421,7 @@ def _check_layer(layer: LayerPlan) -> None:
         if named := [name for name, value in given.items() if value]:
             raise OptionError(f"{layer.path}: feature_map=None leaves out the far branch that {named[0]} is for.")
         if layer.window < 1:
-            raise OptionError(f"{layer.path}: kind='convert' needs a feature_map, or without one a window ≥ 1.")
+            raise OptionError(f"{layer.path}: kind={layer.kind!r} needs a feature_map, or without one a window ≥ 1.")
         _check_sink_distance(layer.sink_distance, layer.sinks)
         return
     try:

@@ -49,6 +49,7 @@ def convert_model(
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
+    softmax_window: int | None = None,
     native_sliding: str = "keep",
     on_unsupported: str = "error",
     plan: ConversionPlan | None = None,
@@ -95,6 +96,7 @@ def convert_model(
         "feature_map_options": feature_map_options,
         "layers": layers,
         "keep_softmax": keep_softmax,
+        "softmax_window": softmax_window,
         "native_sliding": native_sliding,
         "on_unsupported": on_unsupported,
     }
@@ -111,7 +113,7 @@ def convert_model(
         converted_model_class(type(submodel))
     register_model_type(model.config.model_type)
     # Everything that can fail has been tried once the layers are built; installing them only sets attributes.
-    children = {layer.path: _build(layer, model) for layer in plan.converted}
+    children = {layer.path: _build(layer, model) for layer in plan.replaced}
     configs = _own_configs(model, plan)
     setattr(model, _DROPPED, _drop_gguf_quantizer(model))
     _attach(model, plan, children)
@@ -162,7 +164,7 @@ def install(model: PreTrainedModel, plan: ConversionPlan) -> None:
         paths = {layer.path: _resolve(model, layer.path) for layer in plan.layers}
         for layer in plan.layers:
             layer.path = paths[layer.path]
-        children = {layer.path: _build(layer, model) for layer in plan.converted}
+        children = {layer.path: _build(layer, model) for layer in plan.replaced}
     except (ConversionError, OptionError, AttributeError) as error:
         raise CheckpointError(
             f"The checkpoint's conversion plan does not fit {type(model).__name__}: {error}"
@@ -170,7 +172,7 @@ def install(model: PreTrainedModel, plan: ConversionPlan) -> None:
     for submodel in _submodels(model):
         converted_model_class(_base_of(type(submodel)))
     _attach(model, plan, children)
-    for layer in plan.converted:
+    for layer in plan.replaced:
         _config(model, layer.path)._attn_implementation_internal = NAME
 
 
@@ -218,7 +220,7 @@ def _build(layer: LayerPlan, model: PreTrainedModel) -> ConvertedAttention:
 
 
 def _own_configs(model: PreTrainedModel, plan: ConversionPlan) -> list[PreTrainedConfig]:
-    """Give the model configs of its own, of the converted class; returns those the converted layers look at."""
+    """Give the model configs of its own, of the converted class; returns those the replaced layers look at."""
     memo: dict[int, Any] = {}
     own = copy.deepcopy(model.config, memo)
     _set_config_class(own, converted_config_class(type(own)))
@@ -226,7 +228,7 @@ def _own_configs(model: PreTrainedModel, plan: ConversionPlan) -> list[PreTraine
     for module in model.modules():
         if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
             module.__dict__["config"] = copy.deepcopy(config, memo)
-    return list({id(c): c for c in (_config(model, layer.path) for layer in plan.converted)}.values())
+    return list({id(c): c for c in (_config(model, layer.path) for layer in plan.replaced)}.values())
 
 
 def _set_config_class(config: PreTrainedConfig, cls: type[PreTrainedConfig]) -> None:

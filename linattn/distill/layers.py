@@ -24,12 +24,12 @@ def trainable_layers(model: nn.Module, *, far: bool = True) -> dict[str, Convert
     """The converted attention modules by the path of the module they serve.
 
     Args:
-        far: False also takes layers that were converted without a far branch.
+        far: False also takes layers without a far branch: converted without one, or left softmax within a window.
     """
     layers = {
         name.rpartition(".")[0]: module
         for name, module in model.named_modules()
-        if isinstance(module, ConvertedAttention)
+        if isinstance(module, ConvertedAttention) and not (far and module.bound)
     }
     if not layers:
         raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")

@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
 from linattn.convert import ConversionPlan, ConvertedAttention, convert_model, revert_model
+from linattn.convert.hf import softmax_attention
 from linattn.distill.layers import answered, exact, trainable_layers
 from linattn.distill.logits import forward_kl
 from linattn.errors import OptionError, ShapeError
@@ -62,13 +62,14 @@ def select_layers(
     *,
     keep: int,
     method: str = "alone",
+    softmax_window: int | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose the layers of a converted model to leave softmax, by the forward KL that each one's conversion costs.
 
-    The teacher is the model itself with exact attention in every layer, as long as nothing but the parameters under
-    ``<attention>.linattn`` was trained. Run it after :class:`~linattn.distill.Transfer`: what an untrained layer costs
-    says little about a trained one. (Hybrids by measured layer importance: arXiv:2510.05901; kept layers are the
+    The teacher is the model itself with exact attention in every converted layer, as long as nothing but the parameters
+    under ``<attention>.linattn`` was trained. Run it after :class:`~linattn.distill.Transfer`: what an untrained layer
+    costs says little about a trained one. (Hybrids by measured layer importance: arXiv:2510.05901; kept layers are the
     largest single lever of a conversion.)
 
     Args:
@@ -79,6 +80,7 @@ def select_layers(
             layers. ``"greedy"`` starts with all layers converted and keeps, one after the other, the layer whose
             exact attention leaves the lowest KL: ``keep`` times as many passes, and it sees that two layers can
             make up for each other. ``"uniform"`` spaces them evenly and measures nothing, to compare with.
+        softmax_window: of the plan, where it bounds the chosen layers; costs are those of unbounded softmax.
         progress: called with (passes done, passes in all).
 
     Raises:
@@ -114,7 +116,7 @@ def select_layers(
     kept = tuple(index[path] for path in chosen)
     plan = ConversionPlan.from_dict(model.config.linattn)  # type: ignore[union-attr,arg-type]
     reason = "spaced evenly" if method == "uniform" else f"its conversion costs most, by KL ({method})"
-    return Selection(kept, plan.keep(*kept, reason=reason), tuple(costs))
+    return Selection(kept, plan.keep(*kept, reason=reason, softmax_window=softmax_window), tuple(costs))
 
 
 @torch.no_grad()
@@ -136,17 +138,18 @@ def head_costs(model: nn.Module, tokens: Tensor, *, progress: Progress | None = 
     return found
 
 
-def keep_softmax(model: Any, *indices: int, reason: str = "asked for") -> Any:
+def keep_softmax(model: Any, *indices: int, reason: str = "asked for", softmax_window: int | None = None) -> Any:
     """Turn converted layers of a model back to softmax, in place; the others keep what they learned.
 
     Args:
         model: a converted model.
         indices: of its plan's layers. reason: what the plan says of them.
+        softmax_window: bounds them to so many tokens and the sinks; see :func:`linattn.plan_model`.
 
     Returns:
         ``model``.
     """
-    plan = ConversionPlan.from_dict(model.config.linattn).keep(*indices, reason=reason)
+    plan = ConversionPlan.from_dict(model.config.linattn).keep(*indices, reason=reason, softmax_window=softmax_window)
     plan.check()
     held = {name: t.clone() for name, t in model.state_dict().items() if ".linattn." in name}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -210,6 +213,4 @@ def _softmax(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, option
     """The layer's softmax attention: at once where torch has a kernel for it, else in pieces."""
     if module.native_window is not None or options["softcap"] is not None or options["sink_logits"] is not None:
         return exact(module, q, k, v, options).out.to(v.dtype)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=module.feature_map.scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    return softmax_attention(q, k, v, module.feature_map.scale)

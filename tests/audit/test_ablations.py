@@ -84,13 +84,18 @@ def test_ablations_nest(llama, windows):
     assert torch.equal(logits(model, windows()), before)
 
 
-def test_layers_kept_softmax_stay(llama, windows):
-    model = convert_model(llama(), keep_softmax=[0], **FAR)
+@pytest.mark.parametrize("bound", [None, 40])
+def test_layers_kept_softmax_stay(llama, windows, bound):
+    model = convert_model(llama(), keep_softmax=[0], softmax_window=bound, **FAR)
     bare = llama()
     with torch.no_grad():
         bare.model.layers[1].self_attn.o_proj.weight.zero_()
     with attention_off(model):
-        assert torch.equal(logits(model, windows()), logits(bare, windows()))
+        torch.testing.assert_close(logits(model, windows()), logits(bare, windows()), rtol=1e-5, atol=1e-5)
+    layer = model.model.layers[0].self_attn._modules.get("linattn")
+    for off in (far_off, near_off, attention_off):
+        with off(model):
+            assert layer is None or (layer.window, layer.sinks, "forward" in vars(layer)) == (40, FAR["sinks"], False)
 
 
 @pytest.mark.parametrize("off", [far_off, near_off, attention_off])

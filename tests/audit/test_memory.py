@@ -40,12 +40,12 @@ def test_a_state_has_the_bytes_of_its_tensors(llama, decay, far_rope):
         assert state_bytes(model, 10**6).linear == LAYERS * (HEADS * 4 + 2 * 8 + (5 + 3) * PAIR)
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student", "hybrid", "half", "no-far-rope"])
+@pytest.mark.parametrize("kind", ["teacher", "student", "hybrid", "bound", "half", "no-far-rope"])
 def test_the_formula_says_what_the_cache_holds_at_that_length(llama, kind):
     model = llama()
     if kind != "teacher":
-        kept = [1] if kind == "hybrid" else []
-        convert_model(model, window=5, decay="fixed", keep_softmax=kept, far_rope=kind != "no-far-rope")
+        options = {"keep_softmax": [1] if kind in ("hybrid", "bound") else [], "far_rope": kind != "no-far-rope"}
+        convert_model(model, window=5, decay="fixed", softmax_window=50 if kind == "bound" else None, **options)
     if kind == "half":
         model.bfloat16()
     for length in (3, 77):
@@ -67,9 +67,10 @@ def test_keys_in_both_forms_count_where_the_state_holds_them(llama, rope_type):
         assert layer.keeps_far_keys == (rope_type == "dynamic")
 
 
-@pytest.mark.parametrize("kept", [[], [0]])
-def test_a_constant_memory_is_cheaper_from_some_length_on(llama, kept):
-    teacher, student = llama(), convert_model(llama(), window=5, decay="fixed", keep_softmax=kept)
+@pytest.mark.parametrize(("kept", "bound"), [([], None), ([0], None), ([0], 50)])
+def test_a_constant_memory_is_cheaper_from_some_length_on(llama, kept, bound):
+    options = {"keep_softmax": kept, "softmax_window": bound}
+    teacher, student = llama(), convert_model(llama(), window=5, decay="fixed", **options)
     length = cheaper_from(teacher, student)
     assert state_bytes(student, length).total < state_bytes(teacher, length).total
     assert state_bytes(student, length - 1).total >= state_bytes(teacher, length - 1).total
@@ -150,6 +151,23 @@ def test_at_a_given_length_kept_layers_become_windows_too(llama):
         got, budget = state_bytes(control, 200), state_bytes(student, 200)
         assert got.softmax == 0
         assert got.total <= budget.total < got.total + LAYERS * PAIR
+
+
+def test_the_control_of_a_bound_layer_keeps_it_as_it_is(llama):
+    options = {"window": 5, "sinks": 3, "decay": "fixed", "keep_softmax": [0]}
+    student, plain = (convert_model(llama(), **options, softmax_window=window) for window in (50, None))
+    ring = (50 + 3) * PAIR + HEADS * 4 + 2 * 8
+    assert state_bytes(student, 10**6).total == state_bytes(plain, 10**6).linear + ring
+    plan = equal_bytes_plan(student)
+    assert [(x.kind, x.feature_map, x.sinks) for x in plan.layers] == [("bound", None, 3), ("convert", None, 3)]
+    assert [x.window for x in plan.layers] == [50, equal_bytes_plan(plain).layers[1].window]
+    assert equal_bytes_plan(convert_model(llama(), plan=plan)) == plan
+    with equal_bytes_control(llama(), student, length=200) as control:
+        layers = [module for module in control.modules() if isinstance(module, ConvertedAttention)]
+        assert not any(layer.bound for layer in layers)
+        assert layers[0].window == layers[1].window
+        got, budget = state_bytes(control, 200).total, state_bytes(student, 200).total
+        assert got <= budget < got + LAYERS * PAIR
 
 
 def test_the_teacher_is_given_back_after_an_exception(llama, windows):

@@ -76,6 +76,31 @@ def test_a_window_only_model_in_disguise_is_caught(llama, text, student):
     assert report["models"]["student"]["bytes"]["linear"] > 0
 
 
+def test_a_layer_bound_to_more_than_the_text_is_audited_as_softmax(llama, text):
+    options = {"window": WINDOW, "sinks": SINKS, "keep_softmax": [0]}
+    plain, bound = (convert_model(llama(), **options, softmax_window=window) for window in (None, LENGTH))
+    for model in (plain, bound):
+        calibrate(model, [text[:4]] * 3)
+    parts = ["losses", "far_gain", "counterfactual", "telemetry", "cache"]
+    want, got = (audit_model(llama(), model, text[4:], edges=EDGES, parts=parts) for model in (plain, bound))
+    assert (got["reach"], got["models"]["control"]["windows"]) == (WINDOW + SINKS, want["models"]["control"]["windows"])
+    assert got["models"]["control"]["bytes"]["total"] <= got["models"]["student"]["bytes"]["total"]
+    assert got["verdict"][:3] == want["verdict"][:3]
+    for report in (got, want):
+        del report["verdict"], report["cheaper_from"], report["cache"]
+        for facts in report["models"].values():
+            facts.pop("bytes", None)
+    assert leaves(got) == pytest.approx(leaves(want), rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+def leaves(value, path=""):
+    """The numbers of a report by their place in it."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, each in items for key, leaf in leaves(each, f"{path}/{name}").items()}
+    return {path: math.nan if value is None else value} if not isinstance(value, str) else {}
+
+
 def test_a_far_branch_that_harms_is_said_to(llama, text):
     model = convert_model(llama(), feature_map="elu", window=40, sinks=SINKS)
     shift_far_bias(model, 30)  # all weight on the mean of what is far

@@ -163,11 +163,15 @@ def test_effective_rank_is_that_of_the_state(llama, windows):
         assert all(1 < rank < 8 for rank in layer.effective_rank)
 
 
-def test_layers_kept_softmax_are_left_out_and_models_given_back(llama, windows):
-    teacher, student = llama().train(), convert_model(llama(), window=WINDOW, sinks=SINKS, keep_softmax=[0])
+@pytest.mark.parametrize("bound", [None, 9])
+def test_layers_kept_softmax_are_left_out_and_models_given_back(llama, windows, bound):
+    options = {"window": WINDOW, "sinks": SINKS}
+    teacher, student = llama().train(), convert_model(llama(), keep_softmax=[0], softmax_window=bound, **options)
     before = [dict(module.__dict__) for module in student.modules()]
     (layer,) = layer_telemetry(teacher, student, windows(2, LENGTH))
     assert layer.layer == 1
+    every = layer_telemetry(llama(), convert_model(llama(), **options), windows(2, LENGTH))
+    assert layer.teacher_far_mass == pytest.approx(every[1].teacher_far_mass)  # the teacher has no bound
     assert [dict(module.__dict__) for module in student.modules()] == before
     assert type(teacher) is type(llama())
     assert teacher.training

@@ -42,6 +42,12 @@ def test_half_lives_stay_in_their_range() -> None:
     assert found[2].isnan()
 
 
+def test_layers_bound_to_a_window_have_nothing_to_learn_from_softmax(llama: Callable[..., LlamaForCausalLM]) -> None:
+    model = convert_model(llama(num_hidden_layers=3), window=6, keep_softmax=[1], softmax_window=20)
+    assert [path.split(".")[2] for path in trainable_layers(model)] == ["0", "2"]
+    assert [path.split(".")[2] for path in trainable_layers(model, far=False)] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("decay", ["fixed", "data"])
 @pytest.mark.parametrize(("window", "sinks"), [(20, 3), (0, 0)])
 def test_decays_start_at_the_look_back_of_softmax(

@@ -136,6 +136,18 @@ def test_the_divergence_falls_and_only_the_chosen_parameters_change(llama, token
     assert math.isclose(final, losses[-1], rel_tol=0.05)  # updates are merged
 
 
+def test_attention_bound_to_a_window_is_trained_as_the_converted_one_is(llama, tokens_file):
+    teacher = llama()
+    model = convert_model(copy.deepcopy(teacher), keep_softmax=[1], softmax_window=12, **FAR)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    batch = Windows(tokens_file, 40).batches(2)(0)
+    stage = dataclasses.replace(STAGE, train=("attention",), steps=15, learning_rate=3e-4)
+    with stage.objective(model, teacher) as objective:
+        losses = train(model, objective, lambda index: batch, stage).losses
+    assert losses[-1] < 0.97 * losses[0]
+    assert change(model, before) == {name for name in before if ".self_attn." in name}
+
+
 @pytest.mark.parametrize(
     "parts", [("maps", "attention"), ("maps", "lora"), ("lora",), ("attention",), ("all",)], ids="+".join
 )

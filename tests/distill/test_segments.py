@@ -32,6 +32,7 @@ WHOLE = Logits(steps=8, learning_rate=5e-3, rows=2, length=LENGTH, train=("maps"
 STUDENTS = {
     "plain": {},
     "hybrid": {"keep_softmax": [1], "decay": "fixed"},
+    "bound": {"keep_softmax": [1], "softmax_window": 20},
     "no rope far": {"decay": "data", "far_rope": False},
     "random features": {"feature_map": "favor+", "decay": "fixed"},
 }

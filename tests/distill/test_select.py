@@ -146,6 +146,35 @@ def test_kept_layers_leave_what_the_others_learned(teacher, windows):
     )
 
 
+@pytest.mark.parametrize("method", ["alone", "greedy"])
+def test_layers_are_chosen_beside_bound_ones_and_bound_themselves(teacher, windows, method):
+    model = convert_model(copy.deepcopy(teacher), decay="fixed", **FAR)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.linattn.far_bias.add_(0.5)
+    plain = copy.deepcopy(model)
+    assert keep_softmax(model, 2, softmax_window=40) is model
+    keep_softmax(plain, 2)
+    assert torch.equal(model.state_dict()["model.layers.1.self_attn.linattn.far_bias"], torch.full((4,), 0.5))
+    want, got = (select_layers(m, windows, keep=1, method=method, softmax_window=30) for m in (plain, model))
+    assert got.kept == want.kept == (0,)
+    assert sorted(cost.layer for cost in got.costs) == [0, 1, 3]
+    for a, b in zip(got.costs, want.costs, strict=True):
+        assert a.kl == pytest.approx(b.kl, rel=1e-3, abs=1e-7)
+    assert [(x.kind, x.window) for x in got.plan.layers] == [
+        ("bound", 30),
+        ("convert", 5),
+        ("bound", 40),
+        ("convert", 5),
+    ]
+    keep_softmax(model, *got.kept, softmax_window=30)
+    assert model.config.linattn["layers"][0]["kind"] == "bound"
+    with torch.no_grad():
+        tokens = windows[:, :30]
+        torch.testing.assert_close(
+            model(tokens).logits, keep_softmax(plain, *got.kept)(tokens).logits, rtol=1e-4, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [

@@ -188,6 +188,25 @@ def test_a_control_can_come_later_and_be_trained_by_stages_of_its_own(recipe, ti
         recipe.run(WITH_CONTROL, teacher, out=tmp_path / "a", **inputs)
 
 
+@pytest.mark.parametrize("keep", [CONFIG["keep"], [1]], ids=["chosen", "named"])
+def test_layers_left_softmax_are_bound_to_a_window(recipe, tiny, files, tmp_path, keep):
+    student = CONFIG["student"] | {"softmax_window": 30, "sink_distance": 31}
+    config = WITH_CONTROL | {"student": student, "keep": keep}
+    teacher, _ = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    inputs = {"train_data": files["dev"], "audits": {"held": files["dev"]}, "log": lambda line: None}
+    result = recipe.run(config, teacher, out=tmp_path / "run", **inputs)
+    assert len(result["kept"]) == 1
+    for name in ("model", "control/model"):
+        model = linattn.load(tmp_path / "run" / name)
+        (layer,) = linattn.ConversionPlan.from_dict(model.config.linattn).kept
+        assert (layer.index, layer.kind, layer.window) == (*result["kept"], "bound", 30)
+        assert (layer.sinks, layer.sink_distance) == (2, 31)
+        assert recipe._reach(model) < 30
+    assert len(result["control"]["windows"]) == 2
+    sizes = {name: held["total"] for name, held in result["audit"][0]["bytes"].items()}
+    assert sizes["trained_control"] == sizes["control"] <= sizes["student"]
+
+
 def test_recall_is_measured_of_all_models_and_read_again(recipe, tiny, files, tmp_path, monkeypatch):
     asked = {"distances": [64, 96], "tasks": ["passkey"], "prompts": 2}
     config = CONFIG | {"keep": [], "control": True, "audit": {"lengths": [], "recall": asked}}
