@@ -57,7 +57,7 @@ def variants() -> dict[str, dict[str, Any]]:
         name: json.loads((CONFIGS / f"{file}.json").read_text(encoding="utf-8")) for name, file in RECIPES.items()
     }
     hybrid, lolcats = recipes["hybrid"], recipes["LoLCATs, cross-entropy"]
-    alone = {"control": False, "audit": {key: hybrid["audit"][key] for key in ("lengths", "windows")}}
+    alone = {"control": False, "audit": {key: hybrid["audit"][key] for key in ("lengths", "tokens")}}
     base = hybrid | {"student": hybrid["student"] | {"window": 128}, "keep": 0} | alone
     transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
     rest = [stage for stage in base["stages"] if stage["kind"] != "transfer"]
@@ -95,7 +95,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     keep = config.get("keep", [])
     few = {"count": keep, "windows": 1, "length": 32}
     changes["keep"] = [each for each in keep if each < SMOKE_LAYERS] if isinstance(keep, list) else few
-    return config | changes | {"audit": {"lengths": [48, 96], "windows": 2}}
+    return config | changes | {"audit": {"lengths": [48, 96], "tokens": 192}}
 
 
 def run(

@@ -55,7 +55,7 @@ from linattn.errors import LinattnError, OptionError
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONFIG = {"student": {}, "seed": 0, "keep": [], "stages": [], "control": False, "audit": {}}
 KEEP = {"count": 0, "method": "alone", "windows": 8, "length": 1024}
-AUDIT = {"lengths": [2048, 8192, 32768], "windows": 8, "parts": ["losses"], "recall": None}
+AUDIT = {"lengths": [2048, 8192, 32768], "tokens": 2**18, "parts": ["losses"], "recall": None}
 RECALL = {"tasks": ["passkey", "needle", "lookup"], "distances": [256, 1024, 2048, 4096, 8000], "prompts": 24}
 TRIAL, WARM = 9, 4
 """Steps that are timed to learn how many fit, and how many of them come before the clock starts."""
@@ -300,6 +300,7 @@ def _audits(
 ) -> list[dict[str, Any]]:
     """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
 
+    All lengths cut the same first ``tokens`` of a text, so that a difference between them is one of length.
     One that was written without a control that there is now is written anew. The far-gain ratio is left out where half
     a window is in the student's reach, and where windows are longer than the teacher was made for.
     """
@@ -311,11 +312,11 @@ def _audits(
             folder = out / "audit" / f"{name}-{length}"
             report = _read(folder / "report.json")
             if report is None or (wanted is not None and wanted not in report.get("models", {})):
-                windows = Windows(path, length, seed=None) if _count(path) >= 2 * length else ()
-                count = min(options["windows"], len(windows))
+                count = min(options["tokens"], _count(path) - 1) // length
                 if count < 2:
                     log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
                     continue
+                windows = Windows(path, length, seed=None)
                 tokens = torch.stack([windows[i] for i in range(count)])
                 fair = reach <= min(2048, length // 2) and length <= (teacher.config.max_position_embeddings or length)
                 parts = [part for part in options["parts"] if fair or part != "far_gain"]

@@ -151,7 +151,7 @@ def _measured(model: PreTrainedModel, probe: int) -> _Growth:
     return growth
 
 
-def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> ConversionPlan:
+def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_layer: bool = False) -> ConversionPlan:
     """The conversion to sliding windows with sinks, and nothing else, that takes at most the student's bytes.
 
     All converted layers have the student's sinks and one window: the largest with which their states take together no
@@ -160,18 +160,23 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
     keys and values of so many tokens, or their states, count among the bytes to spend. A layer with a sliding window of
     its own gets no larger one than that.
 
+    With ``by_layer`` each layer has a window of its own, that which takes its state's bytes: the control of a student
+    whose windows differ, which says what the far branches are worth where the other says what the whole layout is.
+
     ``convert_model(teacher, plan=equal_bytes_plan(student))``, in the student's dtype, is the control: it trains, saves
     and loads like any converted model. :func:`equal_bytes_control` makes the untrained one for a while.
 
     Raises:
         ConversionError: ``student`` is not converted.
-        OptionError: the student's states are smaller than those of windows of one token; ``length`` < 1.
+        OptionError: the student's states are smaller than those of windows of one token; ``length`` < 1, or given
+            ``by_layer``, which has no use for it.
     """
-    if length is not None and length < 1:
-        raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1.")
+    if length is not None and (length < 1 or by_layer):
+        raise OptionError(f"length: got {length}, expected a number of tokens ≥ 1, and none with by_layer.")
     layers = converted_layers(student)
     _settle(student)
-    budget, dtype = sum(_layer_bytes(student, layer) for layer in layers), _dtype(student, layers[0])
+    budgets, dtype = [_layer_bytes(student, layer) for layer in layers], _dtype(student, layers[0])
+    budget = sum(budgets)
     plan = ConversionPlan.from_dict(student.config.linattn)
     sinks, distance = plan.farthest_sinks
     for layer in plan.kept if length else ():
@@ -182,28 +187,35 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None) -> 
                 layer.sinks, layer.sink_distance = sinks, distance
             layer.kind, layer.reason = "convert", ""
 
-    def size(window: int) -> int:
-        return sum(_window_bytes(layer, window, dtype) for layer in plan.converted)
+    def largest(entries: list[LayerPlan], budget: int) -> int:
+        """The largest window that ``entries`` can have for so many bytes together."""
+        none, one = (sum(_window_bytes(layer, window, dtype) for layer in entries) for window in (0, 1))
+        if (window := (budget - none) // (one - none)) < 1:
+            raise OptionError(f"student: its states take {budget} bytes, windows of one token {one}: no control.")
+        return window
 
-    window = (budget - size(0)) // (size(1) - size(0))
-    if window < 1:
-        raise OptionError(f"student: its states take {budget} bytes, windows of one token {size(1)}: no control.")
-    for layer in plan.converted:
-        layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
-        layer.window = window if layer.native_window is None else min(window, layer.native_window)
+    entries = plan.converted
+    groups = (
+        [([entry], each) for entry, each in zip(entries, budgets, strict=True)] if by_layer else [(entries, budget)]
+    )
+    for group, bytes_ in groups:
+        window = largest(group, bytes_)
+        for layer in group:
+            layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
+            layer.window = window if layer.native_window is None else min(window, layer.native_window)
     return plan
 
 
 @contextlib.contextmanager
 def equal_bytes_control(
-    teacher: PreTrainedModel, student: PreTrainedModel, *, length: int | None = None
+    teacher: PreTrainedModel, student: PreTrainedModel, *, length: int | None = None, by_layer: bool = False
 ) -> Iterator[PreTrainedModel]:
     """``teacher`` as :func:`equal_bytes_plan` of ``student`` makes it, untrained, while the context lasts.
 
     Raises:
         ConversionError: ``teacher`` is converted, or no model like the one the student was made of.
     """
-    control = convert_model(teacher, plan=equal_bytes_plan(student, length=length))
+    control = convert_model(teacher, plan=equal_bytes_plan(student, length=length, by_layer=by_layer))
     try:
         yield control
     finally:

@@ -23,6 +23,7 @@ NAMES = {
     "near_off": "far alone",
     "attention_off": "no attention",
     "control": "equal bytes",
+    "layer_control": "equal bytes, layer by layer",
     "trained_control": "equal bytes, trained",
 }
 DIFFERENCES = {
@@ -30,11 +31,13 @@ DIFFERENCES = {
     "window_cost": "window alone − teacher",
     "cost": "this model − teacher",
     "over_control": "equal bytes − this model",
+    "over_layer_control": "equal bytes, layer by layer − this model",
     "over_trained_control": "equal bytes, trained − this model",
 }
 STYLES = {
     "teacher": {"color": "0.25", "zorder": 2},
     "control": {"color": "tab:red", "zorder": 3},
+    "layer_control": {"color": "tab:orange", "zorder": 3},
     "trained_control": {"color": "tab:purple", "zorder": 3},
     "student": {"color": "tab:blue", "zorder": 4},
     "far_off": {"color": "tab:orange", "zorder": 5, "linestyle": "--"},

@@ -82,11 +82,12 @@ def audit_model(
         and of the parts:
 
         - of ``losses``, ``models``: by name (``teacher``, ``student``, ``far_off``, ``near_off``, ``attention_off``,
-          ``control``, ``trained_control``) the ``buckets`` of :class:`PositionLosses`, and of what is no ablation the
+          ``control``, ``trained_control``, and ``layer_control`` where the far layers' windows differ: those of each
+          layer's bytes) the ``buckets`` of :class:`PositionLosses`, and of what is no ablation the
           ``bytes`` (:class:`StateBytes`) at T tokens; ``windows`` of a control: tokens in the window of each converted
           layer. ``beyond_reach``: means over the positions beyond ``reach``, of ``far_branch`` (far_off − student),
-          ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control`` and
-          ``over_trained_control`` (control − student). ``differences``: the same by position.
+          ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control``, ``over_layer_control``
+          and ``over_trained_control`` (control − student). ``differences``: the same by position.
         - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
         - ``counterfactual``: :func:`counterfactual_kl` of ``teacher``, ``student`` and ``far_off`` under ``models``:
           ``buckets`` by the number of intact tokens, of which there are up to T // 2, and the means ``beyond_reach``
@@ -122,7 +123,13 @@ def audit_model(
         lengths = [each for each in SPEED_LENGTHS if each <= min(4 * length, positions - MARGIN)] or [length]
 
     controls = 1 + (trained_control is not None)
-    costs = {"losses": 2 + len(ABLATIONS) + controls, "far_gain": 2, "counterfactual": 3, "cache": 2, "speed": 2}
+    costs = {
+        "losses": 2 + len(ABLATIONS) + controls + _differ(student),
+        "far_gain": 2,
+        "counterfactual": 3,
+        "cache": 2,
+        "speed": 2,
+    }
     costs |= {"telemetry": 1, "recall": 2 + controls}
     # The gains are differences of losses; where these are no part of the report, two of them are still measured.
     total = sum(costs[part] for part in wanted) + 2 * ("far_gain" in wanted and "losses" not in wanted)
@@ -194,9 +201,18 @@ PAIRS = {
     "window_cost": ("far_off", "teacher"),
     "cost": ("student", "teacher"),
     "over_control": ("control", "student"),
+    "over_layer_control": ("layer_control", "student"),
     "over_trained_control": ("trained_control", "student"),
 }
 """Differences of losses: of the first over the second."""
+
+
+CONTROLS = {
+    "over_control": "the untrained sliding window of equal state bytes",
+    "over_layer_control": "untrained sliding windows of each layer's bytes, its layout without its far branches",
+    "over_trained_control": "the trained sliding window of equal state bytes",
+}
+"""What a verdict calls the models that take as many bytes."""
 
 
 def _with_controls(
@@ -210,6 +226,11 @@ def _with_controls(
     if trained_control is not None:
         with far_off(trained_control):
             yield "trained_control", trained_control
+
+
+def _differ(student: PreTrainedModel) -> bool:
+    """Whether the windows of its far layers do: then the layout is a part of what it is worth."""
+    return len({layer.window for layer in converted_layers(student)}) > 1
 
 
 def _losses(
@@ -235,6 +256,11 @@ def _losses(
             facts[name]["bytes"] = state_bytes(model, tokens.shape[1]).as_dict()
             if name.endswith("control"):
                 facts[name]["windows"] = [layer.window for layer in converted_layers(model)]
+    if _differ(student):
+        with equal_bytes_control(teacher, student, by_layer=True) as control:
+            measure("layer_control", control)
+            facts["layer_control"]["bytes"] = state_bytes(control, tokens.shape[1]).as_dict()
+            facts["layer_control"]["windows"] = [layer.window for layer in converted_layers(control)]
     for name, off in ABLATIONS.items():
         with off(student):
             measure(name, student)
@@ -309,10 +335,10 @@ def _loss_sentences(beyond: dict[str, Bucket]) -> Iterator[str]:
             "more or longer windows."
         )
     yield says
-    for name, what in (("over_control", "untrained"), ("over_trained_control", "trained")):
+    for name, what in CONTROLS.items():
         if (over := beyond.get(name)) is not None:
             outcome = "ties with" if not _counts(over) else "beats" if over.mean > 0 else "loses to"
-            yield f"It {outcome} the {what} sliding window of equal state bytes ({_nats(over)} there)."
+            yield f"It {outcome} {what} ({_nats(over)} there)."
     cost = beyond["cost"]
     told = "no measurable cross-entropy" if not _counts(cost) else _nats(cost)
     worse = "It loses" if not _counts(cost) or cost.mean > 0 else "It gains"

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from linattn import convert_model
+from linattn import convert_model, plan_model
 from linattn.audit import cheaper_from, equal_bytes_control, equal_bytes_plan, far_off, memory, state_bytes
 from linattn.convert import ConvertedAttention
 from linattn.errors import ConversionError, OptionError, StateError
@@ -143,6 +143,23 @@ def test_the_control_is_a_model_of_its_own(llama, windows, dtype):
     with equal_bytes_control(teacher, student) as made:
         assert torch.equal(logits(made, windows()), logits(control, windows()))
     assert not [name for name, _ in control.named_parameters() if "linattn" in name]
+
+
+@pytest.mark.parametrize("far_rope", [True, False])
+def test_each_layer_can_have_a_window_of_its_own_bytes(llama, far_rope):
+    teacher = llama()
+    layers = len(plan_model(teacher).layers)
+    windows = [5 + 7 * index for index in range(layers)]
+    student = convert_model(llama(), window=windows, sinks=2, far_rope=far_rope)
+    plan = equal_bytes_plan(student, by_layer=True)
+    for index, window in enumerate(windows):  # what a student with that window everywhere gets
+        alike = convert_model(llama(), window=window, sinks=2, far_rope=far_rope)
+        assert plan.converted[index].window == equal_bytes_plan(alike).converted[index].window > window
+    assert all(layer.feature_map is None and layer.sinks == 2 for layer in plan.converted)
+    with equal_bytes_control(teacher, student, by_layer=True) as control:
+        assert state_bytes(control, 500).linear <= state_bytes(student, 500).linear
+    with pytest.raises(OptionError, match="by_layer"):
+        equal_bytes_plan(student, by_layer=True, length=100)
 
 
 def test_at_a_given_length_kept_layers_become_windows_too(llama):

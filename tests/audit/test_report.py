@@ -29,6 +29,7 @@ from linattn.audit import (
 )
 from linattn.audit.far_gain import FarGain
 from linattn.audit.positions import Bucket
+from linattn.audit.render import to_markdown
 from linattn.convert import ConvertedAttention
 from linattn.distill import calibrate
 from linattn.errors import ConversionError, OptionError, ShapeError
@@ -74,6 +75,24 @@ def test_a_window_only_model_in_disguise_is_caught(llama, text, student):
     assert "loses to the untrained sliding window" in report["verdict"][1]
     assert report["far_gain"]["ratio"] < 0.5  # what windows pass on from layer to layer
     assert report["models"]["student"]["bytes"]["linear"] > 0
+
+
+def test_windows_that_differ_are_held_against_their_layout_too(llama, text):
+    teacher, reports = llama(), []
+    model = convert_model(llama(), window=[WINDOW, 2 * WINDOW], sinks=SINKS)
+    report = audit_model(
+        teacher, model, text[4:], parts=["losses"], edges=EDGES, progress=lambda *done: reports.append(done)
+    )
+    assert reports == [(done, 7) for done in range(1, 8)]
+    with equal_bytes_control(teacher, model, by_layer=True) as control:
+        windows = [module.window for module in control.modules() if isinstance(module, ConvertedAttention)]
+        losses = token_losses(control, text[4:])
+    found = report["models"]["layer_control"]
+    assert (found["windows"], found["buckets"]) == (windows, by_position(losses, edges=EDGES).as_dict()["buckets"])
+    over = mean_over(losses - token_losses(model, text[4:]), start=2 * WINDOW + SINKS + 1)
+    assert report["beyond_reach"]["over_layer_control"] == over.as_dict()
+    assert any("its layout without its far branches" in sentence for sentence in report["verdict"])
+    assert "| equal bytes, layer by layer |" in to_markdown(report)
 
 
 def test_a_layer_bound_to_more_than_the_text_is_audited_as_softmax(llama, text):

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
         {"kind": "transfer", "steps": 4, "learning_rate": 0.01, "warmup": 0.5, **COMMON},
         {"kind": "logits", "steps": 4, "train": ["maps", "attention"], **COMMON},
     ],
-    "audit": {"lengths": [40, 4000], "windows": 3},
+    "audit": {"lengths": [40, 4000], "tokens": 120},
 }
 
 
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(recipe, tiny, files, tmp_path, 
         recipe.main(command(tiny, files, tmp_path / "again", other))
 
 
-WITH_CONTROL = CONFIG | {"control": True, "audit": {"lengths": [40], "windows": 3}}
+WITH_CONTROL = CONFIG | {"control": True, "audit": {"lengths": [40], "tokens": 120}}
 
 
 def test_the_control_is_a_window_of_equal_bytes_trained_alike(recipe, tiny, files, tmp_path, monkeypatch):
