@@ -6,7 +6,7 @@
 
 from linattn.feature_maps.base import FeatureMap, Features, SequenceMap
 from linattn.feature_maps.fixed import DPFP, ELU, CosFormer, ReLU, SquaredReLU, Taylor2
-from linattn.feature_maps.learned import T2R, Exponential, Hedgehog, PolySketch, ReBased
+from linattn.feature_maps.learned import T2R, Exponential, Hedgehog, PolySketch, ReBased, WeightedHedgehog
 from linattn.feature_maps.low_rank import Linformer, Nystrom, Nystromformer
 from linattn.feature_maps.random import (
     FavorPlus,
@@ -43,6 +43,7 @@ __all__ = [
     "SequenceMap",
     "SquaredReLU",
     "Taylor2",
+    "WeightedHedgehog",
     "available",
     "get",
     "make",

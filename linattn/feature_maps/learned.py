@@ -114,8 +114,42 @@ class Hedgehog(LearnedMap):
         mirrored = projected.unsqueeze(-2) * signs[:, None]
         return Features(mirrored.flatten(-2).softmax(-1).to(x.dtype))
 
-    def projected(self) -> Projected:
+    def projected(self) -> Projected | None:
         return Projected("softmax", self.query["weight"], self.key["weight"], mirrored=True)
+
+
+@register
+class WeightedHedgehog(Hedgehog):
+    r"""Hedgehog features with a learned weight for every token:
+
+        φ(x) = exp(g · x) softmax([W x, −W x])          F = 2 D
+
+    Hedgehog's features say where a vector points; the mass of softmax attention also depends on how long it is. The
+    weight of a key is its say in the memory. That of a query is the far branch's say in the joint normaliser, and
+    leaves the branch's own output as it is. Neither takes memory. Kernels do not compute these features themselves, as
+    they do Hedgehog's: they are written out first.
+
+    Parameters: ``weight`` ``[heads, D, D]``, started as the identity, and ``gain`` ``[heads, D]``, started at zero,
+    where the map is Hedgehog's.
+
+    Example:
+        >>> phi = make("weighted-hedgehog", 64, num_heads=8, num_kv_heads=2)
+        >>> phi.feature_dim, tuple(phi.key["gain"].shape)
+        (128, (2, 64))
+    """
+
+    name: ClassVar[str] = "weighted-hedgehog"
+    log_scaled: ClassVar[bool] = True
+    paper: ClassVar[str] = "after Zhang et al. 2024, arXiv:2402.04347"
+
+    def start(self, heads: int) -> dict[str, Tensor]:
+        return super().start(heads) | {"gain": torch.zeros(heads, self.head_dim, **_START)}
+
+    def features(self, x: Tensor, parameters: nn.ParameterDict) -> Features:
+        return Features(super().features(x, parameters).values, (widen(x) * widen(parameters["gain"])).sum(-1))
+
+    def projected(self) -> Projected | None:
+        return None
 
 
 @register

@@ -8,7 +8,7 @@ import torch
 from linattn.errors import FeatureMapError
 from linattn.feature_maps import Features, make
 
-NAMES = ["hedgehog", "t2r", "rebased", "polysketch", "exp"]
+NAMES = ["hedgehog", "weighted-hedgehog", "t2r", "rebased", "polysketch", "exp"]
 
 
 def build(name: str, head_dim: int = 5, **options):
@@ -37,6 +37,15 @@ def test_hedgehog_is_a_softmax_over_signed_projections(x):
     phi = shake(build("hedgehog", dtype=torch.float64))
     y = torch.stack([x[:, :, h] @ phi.query["weight"][h] for h in range(4)], dim=2)
     torch.testing.assert_close(phi.forward_queries(x).values, torch.cat([y, -y], -1).softmax(-1))
+
+
+def test_weighted_hedgehog_is_hedgehog_times_the_weight_of_each_token(x):
+    phi = shake(build("weighted-hedgehog", dtype=torch.float64))
+    plain = build("hedgehog", dtype=torch.float64)
+    plain.query["weight"].data.copy_(phi.query["weight"])
+    weight = torch.stack([(x[:, :, h] @ phi.query["gain"][h]).exp() for h in range(4)], dim=2)
+    torch.testing.assert_close(expand(phi.forward_queries(x)), weight[..., None] * plain.forward_queries(x).values)
+    assert torch.equal(build("weighted-hedgehog").key["gain"], torch.zeros(2, 5))
 
 
 def test_t2r_is_a_rectified_affine_map(x):

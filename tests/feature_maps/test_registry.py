@@ -10,7 +10,8 @@ from linattn.errors import FeatureMapError
 from linattn.feature_maps import ELU, FeatureMap, available, get, make, register, registry
 
 FIXED_AND_LEARNED = {
-    "elu", "relu", "relu2", "taylor2", "cosformer", "dpfp", "hedgehog", "t2r", "rebased", "polysketch", "exp",
+    "elu", "relu", "relu2", "taylor2", "cosformer", "dpfp", "hedgehog", "weighted-hedgehog", "t2r", "rebased",
+    "polysketch", "exp",
 }  # fmt: skip
 
 
