@@ -7,8 +7,9 @@
 All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
 softmax ("hybrid") and with none ("pure"), both beside a window of equal bytes trained as they were, and the bytes of
 the latter as windows layer by layer with nothing far ("windows alone"); the recipe with windows of 128 in all layers
-and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, and
-with rotary embedding in the far branch; and LoLCATs (arXiv:2410.10254), with cross-entropy as published, and with KL.
+and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
+rotary embedding in the far branch, and with weighted features; and LoLCATs (arXiv:2410.10254), with cross-entropy as
+published, and with KL.
 --part 0.3 takes that part of all stages' steps. Several --jobs share a GPU that one small model cannot fill.
 
 Called again it goes on where it was stopped. Adds to results/conversion.json and .md, and to the plot: cross-entropy
@@ -76,6 +77,7 @@ def variants() -> dict[str, dict[str, Any]]:
         "no decay": student(decay=None),
         "decay by data": student(decay="data"),
         "rotary embedding far": student(far_rope=True),
+        "token weights": student(feature_map="weighted-hedgehog"),
         "LoLCATs, KL": lolcats | {"stages": by_kl},
     }
     return {name: copy.deepcopy(config) | {"name": name} for name, config in found.items()}

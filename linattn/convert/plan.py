@@ -100,7 +100,9 @@ class ConversionPlan:
         """The layers whose attention changes: the converted ones, and those left softmax within a window."""
         return [layer for layer in self.layers if layer.kind != "keep"]
 
-    def keep(self, *indices: int, reason: str = "asked for", softmax_window: int | None = None) -> ConversionPlan:
+    def keep(
+        self, *indices: int, reason: str = "asked for", softmax_window: int | Sequence[int] | None = None
+    ) -> ConversionPlan:
         """Leave the layers at ``indices`` softmax; returns the plan.
 
         Args:
@@ -108,13 +110,13 @@ class ConversionPlan:
                 softmax takes the sinks of the converted ones.
         """
         _check_indices("indices", indices, self.layers)
-        _check_softmax_window(softmax_window)
+        bounds = _bounds(softmax_window, len(self.layers))
         sinks, distance = self.farthest_sinks
         for index in indices:
             layer = self.layers[index]
-            if layer.kind == "keep" and softmax_window is not None:
+            if layer.kind == "keep" and bounds[index] is not None:
                 layer.sinks, layer.sink_distance = sinks, distance
-            _leave(layer, reason, softmax_window)
+            _leave(layer, reason, bounds[index])
         return self
 
     @property
@@ -217,7 +219,7 @@ def plan_model(
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
-    softmax_window: int | None = None,
+    softmax_window: int | Sequence[int] | None = None,
     native_sliding: str = "keep",
     on_unsupported: str = "error",
 ) -> ConversionPlan:
@@ -242,7 +244,8 @@ def plan_model(
         softmax_window: bounds these to the last so many tokens and the ``sinks``, at ``sink_distance``: their memory
             stops growing, and at most the length the model was trained on, none of these tokens stands at a rotary
             distance it never met. Sequences of so many tokens are attended as before. Layers that cannot be converted,
-            or have a sliding window of their own, stay as they are.
+            or have a sliding window of their own, stay as they are. A list has one for each attention layer, as of
+            ``window``.
         native_sliding: ``"keep"`` leaves layers with a sliding window of their own as they are; ``"convert"``
             converts them with the smaller of the two windows.
         on_unsupported: ``"error"`` refuses a model in which a chosen layer cannot be converted; ``"keep"`` leaves
@@ -264,7 +267,7 @@ def plan_model(
         raise OptionError(f"window: got {len(windows)} of them, the model has {len(entries)} attention layers.")
     for each in dict.fromkeys(windows) or [0]:
         _check_options(each, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
-    _check_softmax_window(softmax_window)
+    bounds = _bounds(softmax_window, len(entries))
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
     _check_indices("layers", chosen or (), entries)
@@ -275,7 +278,7 @@ def plan_model(
     refused = []
     for layer in entries:
         if layer.index in keep_softmax:
-            _leave(layer, "asked for", softmax_window)
+            _leave(layer, "asked for", bounds[layer.index])
             if layer.kind == "bound":
                 layer.sinks = sinks
                 if getattr(modules[layer.index], "use_rope", True):
@@ -389,9 +392,16 @@ def _check_options(
         raise OptionError(f"on_unsupported: got {on_unsupported!r}, expected 'error' or 'keep'.")
 
 
-def _check_softmax_window(window: int | None) -> None:
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise OptionError(f"softmax_window: got {window!r}, expected None or an integer ≥ 1.")
+def _bounds(windows: int | Sequence[int] | None, layers: int) -> Sequence[int | None]:
+    """``softmax_window`` of each layer."""
+    each = windows if isinstance(windows, Sequence) else [windows] * layers
+    if len(each) != layers:
+        raise OptionError(f"softmax_window: got {len(each)} of them, the model has {layers} attention layers.")
+    for window in each:
+        unbounded = window is None and windows is None
+        if not unbounded and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise OptionError(f"softmax_window: got {window!r}, expected None, an integer ≥ 1 or a list of them.")
+    return each
 
 
 def _check_sink_distance(sink_distance: int | None, sinks: int) -> None:

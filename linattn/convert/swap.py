@@ -49,7 +49,7 @@ def convert_model(
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
-    softmax_window: int | None = None,
+    softmax_window: int | Sequence[int] | None = None,
     native_sliding: str = "keep",
     on_unsupported: str = "error",
     plan: ConversionPlan | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,7 @@ def select_layers(
     *,
     keep: int,
     method: str = "alone",
-    softmax_window: int | None = None,
+    softmax_window: int | Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Selection:
     """Choose the layers of a converted model to leave softmax, by the forward KL that each one's conversion costs.
@@ -138,7 +138,9 @@ def head_costs(model: nn.Module, tokens: Tensor, *, progress: Progress | None = 
     return found
 
 
-def keep_softmax(model: Any, *indices: int, reason: str = "asked for", softmax_window: int | None = None) -> Any:
+def keep_softmax(
+    model: Any, *indices: int, reason: str = "asked for", softmax_window: int | Sequence[int] | None = None
+) -> Any:
     """Turn converted layers of a model back to softmax, in place; the others keep what they learned.
 
     Args:

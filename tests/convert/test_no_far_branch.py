@@ -219,6 +219,17 @@ def test_only_layers_that_can_be_converted_are_bound(families):
     assert [(layer.kind, layer.sink_distance) for layer in plan.layers] == [("convert", 7), ("bound", None)]
 
 
+def test_each_softmax_layer_can_have_a_window_of_its_own(make_llama):
+    options = {"feature_map": "elu", "window": 6, "sinks": 2}
+    model = convert_model(make_llama(), **options, keep_softmax=[0, 1], softmax_window=[9, 21, 1])
+    one_by_one = plan_model(make_llama(), **options)
+    one_by_one.keep(0, softmax_window=9).keep(1, softmax_window=21)
+    assert model.config.linattn == one_by_one.to_dict()
+    assert [(layer.kind, layer.window) for layer in one_by_one.layers] == [("bound", 9), ("bound", 21), ("convert", 6)]
+    with pytest.raises(OptionError, match="softmax_window: got 2 of them, the model has 3"):
+        plan_model(make_llama(), keep_softmax=[0], softmax_window=[9, 21])
+
+
 @pytest.mark.parametrize("window", [0, -3, True, 8.0])
 def test_softmax_windows_outside_their_domain_are_refused(make_llama, window):
     with pytest.raises(OptionError, match="softmax_window"):
