@@ -39,7 +39,7 @@ def _losses(done: Results) -> list[str]:
     rows: list[list[str]] = []
 
     def losses(result: Mapping[str, Any], model: str) -> list[str]:
-        return [loss(row["losses"][model]) for row in result["audit"]]
+        return [_loss(row["losses"][model]) for row in result["audit"]]
 
     for name, result in done.items():
         if not rows:
@@ -95,7 +95,7 @@ def _recalls(done: Results) -> list[str]:
     return [about, "", *_table(["model", *header], rows)]
 
 
-def loss(value: float) -> str:
+def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 

@@ -122,17 +122,13 @@ def side_by_side(names: Sequence[str], jobs: int, out: Path, argv: Sequence[str]
 
     def start(name: str) -> int:
         with (out / f"{_folder(name)}.log").open("w", encoding="utf-8") as log:
-            own = ["--only", name, "--jobs", "1", "--results", str(out / _folder(name) / "table")]
-            command = [sys.executable, str(Path(__file__)), *_without_only(argv), *own]
+            own = ["--alone", name, "--results", str(out / _folder(name) / "table")]
+            command = [sys.executable, str(Path(__file__)), *argv, *own]
             return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
         for name, code in zip(names, pool.map(start, names), strict=True):
             print(f"{name}: {'done' if code == 0 else f'stopped with {code}, see its log'}", flush=True)
-
-
-def _without_only(argv: Sequence[str]) -> list[str]:
-    return [word for at, word in enumerate(argv) if word != "--only" and (at == 0 or argv[at - 1] != "--only")]
 
 
 def _alike(config: Mapping[str, Any], path: Path) -> bool:
@@ -168,19 +164,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", type=float, default=1.0, help="of the steps of all stages")
     parser.add_argument("--jobs", type=int, default=1, help="variants that run at once")
     parser.add_argument("--only", action="append", metavar="NAME", choices=list(variants()), help="repeatable")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)  # one of --jobs: this variant, whatever --only says
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, help="folder of the tables; default benchmarks/results")
     parser.add_argument("--table", action="store_true", help="only redraw table and plot of what is on record")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model on the CPU")
     args = parser.parse_args(argv)
-    where = args.results or (args.out if args.smoke else None) or RESULTS
+    where = args.results or RESULTS
     if args.table:
         return show(json.loads((where / RECORD).read_text(encoding="utf-8")), where)
     if not args.smoke and not (args.out and args.train and args.audit):
         parser.error("--out, --train and --audit are needed, or --smoke.")
 
-    chosen = {name: config for name, config in variants().items() if not args.only or name in args.only}
+    only = [args.alone] if args.alone else args.only
+    chosen = {name: config for name, config in variants().items() if not only or name in only}
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
@@ -194,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = {"train_data": args.train, "dev_data": args.dev, "tokenizer": tokenizer}
             data |= {"audits": {name: Path(file) for name, file in audits.items()}}
             chosen = {name: shortened(config, args.part) for name, config in chosen.items()}
-            if args.jobs > 1:
+            if args.jobs > 1 and not args.alone:
                 side_by_side(list(chosen), args.jobs, out, sys.argv[1:] if argv is None else argv)
         base = out / _folder(BASE)
         record: dict[str, Any] = {}

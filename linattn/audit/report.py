@@ -250,17 +250,18 @@ def _losses(
         facts[name] = by_position(losses[name], edges=edges).as_dict()
         step()
 
+    def weigh(name: str, model: PreTrainedModel) -> None:
+        measure(name, model)
+        facts[name]["bytes"] = state_bytes(model, tokens.shape[1]).as_dict()
+        if name.endswith("control"):
+            facts[name]["windows"] = [layer.window for layer in converted_layers(model)]
+
     with contextlib.closing(_with_controls(teacher, student, trained_control)) as models:
         for name, model in models:
-            measure(name, model)
-            facts[name]["bytes"] = state_bytes(model, tokens.shape[1]).as_dict()
-            if name.endswith("control"):
-                facts[name]["windows"] = [layer.window for layer in converted_layers(model)]
+            weigh(name, model)
     if _differ(student):
         with equal_bytes_control(teacher, student, by_layer=True) as control:
-            measure("layer_control", control)
-            facts["layer_control"]["bytes"] = state_bytes(control, tokens.shape[1]).as_dict()
-            facts["layer_control"]["windows"] = [layer.window for layer in converted_layers(control)]
+            weigh("layer_control", control)
     for name, off in ABLATIONS.items():
         with off(student):
             measure(name, student)

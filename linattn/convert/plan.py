@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from linattn.errors import CheckpointError, ConversionError, LinattnError, OptionError
 from linattn.feature_maps import FeatureMap, SequenceMap, get, make
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KINDS = ("convert", "keep", "bound")
+T = TypeVar("T")
 DECAYS = (None, "fixed", "data")
 LINEAR = "is linear already: its memory is of constant size"
 
@@ -262,9 +263,7 @@ def plan_model(
     found = list(find_attention(model))
     modules = {layer.index: module for layer, module in found}
     entries = [layer for layer, _ in found]
-    windows = list(window) if isinstance(window, Sequence) else [window] * len(entries)
-    if len(windows) != len(entries):
-        raise OptionError(f"window: got {len(windows)} of them, the model has {len(entries)} attention layers.")
+    windows = _each("window", window, len(entries))
     for each in dict.fromkeys(windows) or [0]:
         _check_options(each, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
     bounds = _bounds(softmax_window, len(entries))
@@ -392,11 +391,17 @@ def _check_options(
         raise OptionError(f"on_unsupported: got {on_unsupported!r}, expected 'error' or 'keep'.")
 
 
+def _each(argument: str, value: T | Sequence[T], layers: int) -> list[T]:
+    """An option of each layer: one value for all of them, or a list."""
+    each = list(value) if isinstance(value, Sequence) else [value] * layers
+    if len(each) != layers:
+        raise OptionError(f"{argument}: got {len(each)} of them, the model has {layers} attention layers.")
+    return each
+
+
 def _bounds(windows: int | Sequence[int] | None, layers: int) -> Sequence[int | None]:
     """``softmax_window`` of each layer."""
-    each = windows if isinstance(windows, Sequence) else [windows] * layers
-    if len(each) != layers:
-        raise OptionError(f"softmax_window: got {len(each)} of them, the model has {layers} attention layers.")
+    each = _each("softmax_window", windows, layers)
     for window in each:
         unbounded = window is None and windows is None
         if not unbounded and (isinstance(window, bool) or not isinstance(window, int) or window < 1):

@@ -103,6 +103,30 @@ def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, 
     assert (tmp_path / "results" / "conversion.md").read_text(encoding="utf-8").startswith("# Conversion")
 
 
+def test_jobs_run_a_variant_each_and_a_failed_one_is_told(benchmark, tmp_path, monkeypatch, capsys) -> None:
+    started: list[list[str]] = []
+
+    def process(command: list[str], **options: Any) -> Any:
+        started.append(command)
+        return type("Done", (), {"returncode": 3 if command[-3] == "pure" else 0})
+
+    monkeypatch.setattr(benchmark.subprocess, "run", process)
+    argv = ["--only=hybrid", "--only", "pure", "--jobs", "2"]
+    benchmark.side_by_side(["hybrid", "pure"], 2, tmp_path, argv)
+    assert {command[-3] for command in started} == {"hybrid", "pure"}
+    assert {command[-1] for command in started} == {str(tmp_path / name / "table") for name in ("hybrid", "pure")}
+    assert all(command[2:-4] == argv and command[-4] == "--alone" for command in started)
+    assert capsys.readouterr().out.splitlines() == ["hybrid: done", "pure: stopped with 3, see its log"]
+    assert (tmp_path / "hybrid.log").exists()
+
+
+def test_a_variant_alone_is_the_only_one(benchmark: ModuleType, tmp_path: Path) -> None:
+    command = ["--smoke", "--out", str(tmp_path), "--only", "pure", "--alone", "window 128", "--jobs", "2"]
+    benchmark.main([*command, "--results", str(tmp_path / "table")])
+    written = json.loads((tmp_path / "table" / "conversion.json").read_text(encoding="utf-8"))
+    assert list(written["results"]) == ["window 128"]
+
+
 @pytest.mark.slow
 def test_every_variant_runs(benchmark: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("peft")
