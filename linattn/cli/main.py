@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from linattn.kernels.triton.tune import Trial, Tuned
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
-WINDOWS = ("length", "seed", "temperature", "segment", "teacher_context")
+WINDOWS = ("length", "seed", "repeats", "temperature", "segment", "teacher_context")
 """Options of a stage of logits that a cache of its teacher must share."""
 AUDIT_PARTS = ("losses", "far_gain", "counterfactual", "telemetry", "cache", "recall", "speed")
 
@@ -560,6 +560,7 @@ def cache_teacher(
     windows: Annotated[int, typer.Option(min=1, help="How many: steps × accumulate × rows of the stage.")] = 1024,
     length: Annotated[int, typer.Option(min=2, metavar="TOKENS", help="Of a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Of the windows' order; the stage's.")] = 0,
+    repeats: Annotated[float, typer.Option(help="Part of a window that says itself again; the stage's.")] = 0.0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the softmax; the stage's.")] = 1.0,
     segment: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Of a piece; the stage's.")] = 0,
     teacher_context: Annotated[
@@ -594,9 +595,9 @@ def cache_teacher(
                 raise OptionError(
                     f"{stages}: {len(read)} stages of logits; expected one, or several of one {', '.join(WINDOWS)}."
                 )
-            length, seed, temperature, segment, teacher_context = settled.pop()
+            length, seed, repeats, temperature, segment, teacher_context = settled.pop()
             windows = max(stage.steps * stage.accumulate * stage.rows for stage in read)
-        cut = Windows(data, length, seed=seed)
+        cut = Windows(data, length, seed=seed, repeats=repeats)
         loaded = _loaded(source, dtype, _device(device))
     with _count("Caching") as watch:
         how: dict[str, Any] = {"temperature": temperature, "segment": segment, "teacher_context": teacher_context}

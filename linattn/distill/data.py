@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
+PASSAGES = (16, 128)
+"""Fewest and most tokens of a passage said again."""
+
 
 class Windows:
     """Windows of T tokens out of one long array, without end and by number: a run resumes by knowing its step.
@@ -34,14 +37,22 @@ class Windows:
             which is mapped into memory, not read.
         length: tokens T of a window.
         seed: of offsets and orders; None is the array's own order, always cut from its start.
+        repeats: part of a window's tokens, below 1, that are replaced by passages of :data:`PASSAGES` tokens copied
+            from anywhere before them in the window, each window in its own way. Only a memory that keeps tokens apart
+            foretells a passage said again, and plain text seldom asks for one.
 
     Raises:
         CheckpointError: there is no such file.
-        OptionError: the array is no list of token ids, or shorter than a window.
+        OptionError: the array is no list of token ids, or shorter than a window; or ``repeats`` is no such part.
     """
 
     def __init__(
-        self, tokens: np.ndarray | Tensor | str | os.PathLike[str], length: int, *, seed: int | None = 0
+        self,
+        tokens: np.ndarray | Tensor | str | os.PathLike[str],
+        length: int,
+        *,
+        seed: int | None = 0,
+        repeats: float = 0.0,
     ) -> None:
         if isinstance(tokens, str | os.PathLike):
             try:
@@ -53,11 +64,13 @@ class Windows:
         else:
             array = np.asarray(tokens)
         self.tokens = array
-        self.length, self.seed = length, seed
+        self.length, self.seed, self.repeats = length, seed, repeats
         if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
             raise OptionError(f"tokens: got {self.tokens.dtype} {self.tokens.shape}, expected [N] integer token ids.")
         if not 1 <= length <= len(self.tokens):
             raise OptionError(f"length: got {length!r}, expected 1 … {len(self.tokens)}, the number of tokens.")
+        if not 0 <= repeats < 1:
+            raise OptionError(f"repeats: got {repeats!r}, expected a part of the tokens: 0 ≤ repeats < 1.")
 
     def __len__(self) -> int:
         """Windows an epoch: one fewer than fit where the offset needs the room."""
@@ -72,7 +85,10 @@ class Windows:
             offset, order = _epoch(self.seed, epoch, len(self), len(self.tokens) - len(self) * self.length, self.length)
             position = int(order[position])
         start = offset + position * self.length
-        return torch.from_numpy(self.tokens[start : start + self.length].astype(np.int64))
+        window = self.tokens[start : start + self.length].astype(np.int64)
+        if self.repeats:
+            _say_again(window, self.repeats, np.random.default_rng(derived_seed(self.seed or 0, "repeats", index)))
+        return torch.from_numpy(window)
 
     def batches(self, rows: int, *, rank: int = 0, processes: int = 1) -> Callable[[int], Batch]:
         """Batches by number, of ``rows`` windows each; processes take turns."""
@@ -90,6 +106,20 @@ def _epoch(seed: int, epoch: int, count: int, room: int, length: int) -> tuple[i
     """Offset of the first window, among those that leave room for the last, and the order of the windows."""
     draw = np.random.default_rng(derived_seed(seed, "epoch", epoch))
     return int(draw.integers(min(room, length - 1) + 1)), draw.permutation(count)
+
+
+def _say_again(window: np.ndarray, part: float, draw: np.random.Generator) -> None:
+    """Overwrite ``part`` of a window, in place and from left to right, by passages that stand before them in it."""
+    low, high = PASSAGES
+    at = 0
+    while True:
+        size = int(low * (high / low) ** draw.random())
+        at = max(at + round(draw.exponential(size * (1 - part) / part)), size)
+        if at + size > len(window):
+            return
+        start = draw.integers(at - size + 1)
+        window[at : at + size] = window[start : start + size]
+        at += size
 
 
 def read_texts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], field: str = "text") -> Iterator[str]:

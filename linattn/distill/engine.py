@@ -49,6 +49,8 @@ class Stage:
         seed: of the order of the data, and of all that is random in a step.
         save_every: steps between checkpoints.
         patience: this many steps in a row without finite gradients end the stage.
+        repeats: part of a window's tokens that say earlier ones again (see :class:`Windows`): of use where a memory
+            is to be trained to find things. Held-out text is left as it is.
         data: file of tokens (see :mod:`linattn.distill.data`).
         held_out: file of tokens that are measured, not trained on: its first ``held_out_windows`` windows, every
             ``measure_every`` steps and at the end. Training data of little variety is soon learnt by heart.
@@ -66,6 +68,7 @@ class Stage:
     seed: int = 0
     save_every: int = 200
     patience: int = 20
+    repeats: float = 0.0
     data: str = ""
     held_out: str = ""
     held_out_windows: int = 8
@@ -90,6 +93,8 @@ class Stage:
                 raise OptionError(f"{name}: got {getattr(self, name)!r}, expected a number ≥ 0.")
         if not 0 <= self.warmup <= self.steps:
             raise OptionError(f"warmup: got {self.warmup!r}, expected 0 … steps = {self.steps}.")
+        if not 0 <= self.repeats < 1:
+            raise OptionError(f"repeats: got {self.repeats!r}, expected a part of the tokens: 0 ≤ repeats < 1.")
         if not self.clip > 0:
             raise OptionError(f"clip: got {self.clip!r}, expected a number > 0, or inf.")
 

@@ -260,7 +260,7 @@ def cache_teacher(
 
     Args:
         model: the teacher.
-        data: the windows that the stage will read, of the same length and seed.
+        data: the windows that the stage will read, of the same length, seed and repeats.
         windows: how many: ``steps · accumulate · rows`` on each process.
         k: tokens kept of each prediction, less than the vocabulary.
         out: the folder to write.

@@ -104,7 +104,7 @@ def distill(
             (folder / f"{name}.safetensors").unlink(missing_ok=True)
     reports = []
     for name, stage, path in zip(names, stages, paths, strict=True):
-        windows = Windows(path, stage.length, seed=stage.seed)  # type: ignore[arg-type]
+        windows = Windows(path, stage.length, seed=stage.seed, repeats=stage.repeats)  # type: ignore[arg-type]
         batches = windows.batches(stage.rows, rank=state.process_index, processes=state.num_processes)
         measured = _measured(stage)
         with stage.objective(model, teacher) as objective, _bar(name, stage.steps, progress) as watch:

@@ -48,6 +48,30 @@ def test_epochs_cut_elsewhere_and_seeds_differ():
     assert [int(Windows(tokens, 10, seed=None)[i][0]) for i in (0, 1, 99, 100)] == [0, 10, 990, 0]
 
 
+@pytest.mark.parametrize("part", [0.1, 0.5])
+def test_passages_are_said_again_word_for_word(part):
+    length = 4096
+    plain = Windows(np.arange(20 * length, dtype=np.uint32), length)
+    windows = Windows(plain.tokens, length, repeats=part)
+    shares, distances = [], []
+    for index in range(16):
+        old, new = plain[index], windows[index]
+        again = (old != new).nonzero().flatten()  # every token stands once in the plain window
+        shares.append(len(again) / length)
+        back = again - (new[again] - old[0])
+        assert int(back.min()) > 0
+        assert set(new.tolist()) <= set(old.tolist())
+        # A passage keeps its distance: only where one begins, or copies across another's edge, does it change.
+        assert int((back.diff() != 0).sum()) < len(again) / 8
+        distances += back.tolist()
+    assert sum(shares) / len(shares) == pytest.approx(part, rel=0.25)
+    assert max(distances) > length / 2
+    assert min(distances) < 512
+    assert torch.equal(windows[3], Windows(plain.tokens, length, repeats=part)[3])
+    assert not torch.equal(windows[3], Windows(plain.tokens, length, repeats=part, seed=1)[3])
+    assert torch.equal(Windows(plain.tokens, 20, repeats=part)[0], Windows(plain.tokens, 20)[0])  # no room for any
+
+
 def test_batches_of_processes_are_those_of_one():
     windows = Windows(np.arange(100, dtype=np.uint16), 5)
     whole = windows.batches(4)
@@ -90,6 +114,8 @@ def test_bad_files_are_refused(tmp_path):
         Windows(np.arange(3), 4)
     with pytest.raises(OptionError, match="float64"):
         Windows(np.ones(5), 4)
+    with pytest.raises(OptionError, match="repeats"):
+        Windows(np.arange(5), 4, repeats=1.0)
 
 
 def test_samples_come_from_the_teacher(llama, tmp_path):

@@ -268,6 +268,7 @@ def test_parameters_learn_at_rates_of_their_own():
         ({"steps": 3, "learning_rate": math.nan}, "learning_rate"),
         ({"steps": 3, "weight_decay": -1.0}, "weight_decay"),
         ({"steps": 3, "clip": 0.0}, "clip"),
+        ({"steps": 3, "repeats": 1.0}, "repeats"),
     ],
 )
 def test_options_outside_their_domain_are_refused(options, says):

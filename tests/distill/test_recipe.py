@@ -13,10 +13,11 @@ import torch
 import linattn
 from linattn import convert_model
 from linattn.distill import Logits, Stage, Transfer, cache_teacher, distill, read_stages, write_stages
+from linattn.distill import data as data_module
 from linattn.distill import transfer as transfer_module
 from linattn.distill.data import Windows
 from linattn.distill.logits import forward_kl
-from linattn.errors import OptionError
+from linattn.errors import CheckpointError, OptionError
 
 FAR = {"window": 5, "sinks": 2}
 COMMON = {"length": 40, "rows": 2, "save_every": 2}
@@ -114,12 +115,20 @@ def test_beginning_anew_forgets_later_stages_too(llama, tokens_file, tmp_path, m
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_cached_teacher_and_data_of_a_stage_s_own(llama, tokens_file, tmp_path):
+def test_a_cached_teacher_and_data_of_a_stage_s_own(llama, tokens_file, tmp_path, monkeypatch):
     teacher = llama()
     cached = cache_teacher(teacher, Windows(tokens_file, 40), windows=10, k=8, out=tmp_path / "teacher")
     stages = [dataclasses.replace(stage, data=str(tokens_file)) for stage in STAGES]
-    report = distill(convert_model(teacher, **FAR), cached, stages, out=tmp_path / "out", progress=False)
+    report = distill(convert_model(copy.deepcopy(teacher), **FAR), cached, stages, out=tmp_path / "out", progress=False)
     assert len(report.stages) == 2
+    # A stage that says passages again reads what a teacher was cached on with the same share of them, and nothing else.
+    monkeypatch.setattr(data_module, "PASSAGES", (2, 4))
+    again = Windows(tokens_file, 40, repeats=0.3)
+    cached = cache_teacher(teacher, again, windows=10, k=8, out=tmp_path / "again")
+    stage = dataclasses.replace(stages[1], repeats=0.3)
+    distill(convert_model(copy.deepcopy(teacher), **FAR), cached, [stage], out=tmp_path / "repeats", progress=False)
+    with pytest.raises(CheckpointError, match="held other tokens"):
+        distill(convert_model(teacher, **FAR), cached, stages[1:], out=tmp_path / "plain", progress=False)
 
 
 def test_stages_are_what_the_file_says(tmp_path):
