@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from pathlib import Path
@@ -55,21 +56,23 @@ def smoke(benchmark: ModuleType, tmp_path: Path, *only: str) -> dict[str, Any]:
     return json.loads((tmp_path / "results" / "conversion.json").read_text(encoding="utf-8"))
 
 
-def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.slow
+def test_every_variant_runs_and_the_table_has_what_was_measured(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch
+) -> None:
     pytest.importorskip("matplotlib")
+    pytest.importorskip("peft")
     found = benchmark.variants()
-    found["no decay"]["student"]["decay"] = "some"
+    found["broken"] = copy.deepcopy(found["no decay"])
+    found["broken"]["student"]["decay"] = "some"
     monkeypatch.setattr(benchmark, "variants", lambda: found)
-    written = smoke(benchmark, tmp_path, "window 128", "pure", "hybrid", "no decay")
+    written = smoke(benchmark, tmp_path)
     results = written["results"]
     assert written["smoke"] is True
-    assert "decay" in results["no decay"]["error"]
-    assert {name: len(result.get("kept", "none")) for name, result in results.items()} == {
-        "hybrid": 1,
-        "pure": 0,
-        "window 128": 0,
-        "no decay": 4,
-    }
+    assert list(results) == list(found)
+    assert [name for name, result in results.items() if "error" in result] == ["broken"]
+    assert "decay" in results["broken"]["error"]
+    assert [len(results[name]["kept"]) for name in ("hybrid", "pure", "window 128")] == [1, 0, 0]
     text = (tmp_path / "results" / "conversion.md").read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if line.startswith("| **hybrid**")]
     losses = [row["losses"]["student"] for row in results["hybrid"]["audit"]]
@@ -83,12 +86,12 @@ def test_the_table_has_what_was_measured(benchmark: ModuleType, tmp_path: Path, 
                 for over in ("far_branch", "over_control", "over_trained_control")
             ]
             assert line.removesuffix(" |").split(" | ")[2:5] == told
-    assert (text.count("| — equal bytes, no training |"), text.count("| — equal bytes, trained |")) == (3, 2)
-    assert f"Not run: no decay: {results['no decay']['error']}" in text
+    assert text.count("| — equal bytes, no training |") == len(found) - 2  # none of "broken" and "windows alone"
+    assert text.count("| — equal bytes, trained |") == 2
+    assert f"Not run: broken: {results['broken']['error']}" in text
     assert (tmp_path / "results" / "conversion.png").stat().st_size > 0
 
     # Kept layers share the transfer of the recipe; what is done is read, not done again.
-    smoke(benchmark, tmp_path, "window 128", "window 128, 2 layers softmax")
     first = (tmp_path / "window-128" / "align" / "1-transfer.safetensors").read_bytes()
     assert (tmp_path / "window-128--2-layers-softmax" / "align" / "1-transfer.safetensors").read_bytes() == first
     monkeypatch.setattr(benchmark.recipe, "run", lambda *a, **k: pytest.fail("it is done already"))
@@ -125,11 +128,3 @@ def test_a_variant_alone_is_the_only_one(benchmark: ModuleType, tmp_path: Path) 
     benchmark.main([*command, "--results", str(tmp_path / "table")])
     written = json.loads((tmp_path / "table" / "conversion.json").read_text(encoding="utf-8"))
     assert list(written["results"]) == ["window 128"]
-
-
-@pytest.mark.slow
-def test_every_variant_runs(benchmark: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    results = smoke(benchmark, tmp_path)["results"]
-    assert results.keys() == benchmark.variants().keys()
-    assert not [name for name, result in results.items() if "error" in result]

@@ -310,17 +310,18 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
-@pytest.mark.parametrize("crop", [0, 3])
-@pytest.mark.parametrize("name", [*CACHED, "yarn"])
+@pytest.mark.parametrize(
+    ("name", "positions", "crop"),  # each family takes tokens back, each kind of positions is taken back
+    [(n, p, 3 * ((i + j) % 2)) for i, n in enumerate([*CACHED, "yarn"]) for j, p in enumerate(POSITIONS)],
+)
 def test_keys_turned_back_as_they_leave_the_window_are_those_kept_before_rotary_embedding(
-    families, make_llama, name, crop, positions
+    families, make_llama, name, positions, crop
 ):
     if name == "yarn":
         model = convert_model(make_llama(rope_parameters=YARN), **FAR, decay="data")
     else:
         model = build(families[name], native_sliding="convert").float()
-    tokens, positions = families["llama"].inputs(40)["input_ids"] % 64, positions.expand(2, -1)
+    tokens, positions = families["llama"].inputs(40)["input_ids"] % 64, POSITIONS[positions].expand(2, -1)
     logits(model, tokens)
     assert [layer.keeps_far_keys for layer in layers_of(model)] == [False] * len(layers_of(model))
     for sizes in ([17, 1, 1, 4, 9, *[1] * 8], [1] * 40):

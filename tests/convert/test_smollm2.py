@@ -65,18 +65,18 @@ def generate(model, tokens, new=NEW, **options):
     return model.generate(tokens, min_new_tokens=new, **call)
 
 
+def check_greedy(model, sequences, new=NEW):
+    """Each of the last ``new`` tokens is what the whole sequence before it, read without a cache, calls for."""
+    with torch.no_grad():
+        logits = model(sequences[:, :-1], use_cache=False).logits[:, -new:]
+    logits[..., model.generation_config.eos_token_id] = -torch.inf
+    assert torch.equal(sequences[:, -new:], logits.argmax(-1))
+
+
 @pytest.fixture(scope="module")
-def uncached(model, text, question):
-    """Greedy continuations of both prompts, every token computed from the whole sequence."""
-    continued = []
-    for tokens in (question, text):
-        for _ in range(NEW):
-            with torch.no_grad():
-                logits = model(tokens, use_cache=False).logits[:, -1:]
-            logits[..., model.generation_config.eos_token_id] = -torch.inf
-            tokens = torch.cat([tokens, logits.argmax(-1)], 1)
-        continued.append(tokens)
-    return continued
+def answers(model, text, question):
+    """Both prompts, continued."""
+    return [generate(model, tokens, return_dict_in_generate=True) for tokens in (question, text)]
 
 
 def test_within_window_and_sinks_it_is_the_original(model, original_logits, text):
@@ -89,16 +89,15 @@ def test_within_window_and_sinks_it_is_the_original(model, original_logits, text
     assert (after[:, near:] - before[:, near:]).abs().max() > 0.1
 
 
-def test_greedy(model, text, question, uncached):
-    for tokens, want in zip((question, text), uncached, strict=True):
-        got = generate(model, tokens, return_dict_in_generate=True)
-        assert torch.equal(got.sequences, want)
+def test_greedy(model, answers):
+    for got in answers:
+        check_greedy(model, got.sequences)
         assert all(isinstance(layer, LinattnCacheLayer) for layer in got.past_key_values.layers)
 
 
 def test_beam_search(model, text, question):
     for tokens in (question, text):
-        options = {"new": 10, "num_beams": 3, "num_return_sequences": 2}
+        options = {"new": 8, "num_beams": 2, "num_return_sequences": 2}
         assert torch.equal(generate(model, tokens, **options), generate(model, tokens, use_cache=False, **options))
 
 
@@ -109,34 +108,35 @@ def stranger(model):
 
 
 @pytest.mark.parametrize("draft", ["prompt", "itself", "stranger"])
-def test_assisted(model, text, question, uncached, draft):
+def test_assisted(model, text, question, answers, draft):
     options = {
         "prompt": {"prompt_lookup_num_tokens": 4},
         "itself": {"assistant_model": model},
         "stranger": {"assistant_model": stranger(model)},
     }
-    for tokens, want in zip((question, text), uncached, strict=True):
-        assert torch.equal(generate(model, tokens, **options[draft]), want)
+    for tokens, want in zip((question, text), answers, strict=True):
+        assert torch.equal(generate(model, tokens, **options[draft]), want.sequences)
 
 
-def test_left_padded_batch(model, tokenizer, text, question, uncached):
+def test_left_padded_batch(model, tokenizer, text, question, answers):
     batch = tokenizer([QUESTION, TEXT], padding=True, return_tensors="pt")
     assert batch.attention_mask.sum(1).tolist() == [question.shape[1], text.shape[1]]
     got = generate(model, batch.input_ids, attention_mask=batch.attention_mask)
-    assert torch.equal(got[:1, -uncached[0].shape[1] :], uncached[0])
-    assert torch.equal(got[1:], uncached[1])
+    for row, want in zip(got, answers, strict=True):
+        assert torch.equal(row[-want.sequences.shape[1] :], want.sequences[0])
 
 
 @pytest.mark.parametrize("prompt", [0, 1], ids=["question", "text"])
-def test_a_conversation_resumes_from_its_saved_state(model, uncached, tokenizer, prompt, tmp_path):
-    start = uncached[prompt][:, :-NEW]
-    first = generate(model, start, 6, return_dict_in_generate=True)
-    assert torch.equal(first.sequences, uncached[prompt][:, : 6 - NEW])
+def test_a_conversation_resumes_from_its_saved_state(model, answers, tokenizer, prompt, tmp_path):
+    sequences = answers[prompt].sequences
+    first = generate(model, sequences[:, :-NEW], 6, return_dict_in_generate=True)
+    assert torch.equal(first.sequences, sequences[:, : 6 - NEW])
     save_state(first.past_key_values, tmp_path / "state.safetensors")
     reply = tokenizer(" And so, to say it in other words:", return_tensors="pt").input_ids
     turn = torch.cat([first.sequences, reply], 1)
     got = generate(model, turn, 8, past_key_values=load_state(tmp_path / "state.safetensors"))
-    assert torch.equal(got, generate(model, turn, 8, use_cache=False))
+    assert torch.equal(got[:, :-8], turn)
+    check_greedy(model, got, 8)
 
 
 def test_saved_and_reloaded_it_is_bit_equal_and_reverts(model, original_logits, text, tmp_path):

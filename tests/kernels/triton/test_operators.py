@@ -26,12 +26,12 @@ HYBRID = {"window": 5, "sinks": 2}
 
 def inputs(length: int, *, grad: bool = True) -> list[Tensor]:
     rng = torch.Generator().manual_seed(length)
-    shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 6))
+    shapes = ((2, length, 2, 8), (2, length, 1, 8), (2, length, 1, 6))
     return [torch.randn(s, generator=rng).to(DEVICE).requires_grad_(grad) for s in shapes]
 
 
 def gates(length: int) -> Tensor:
-    return (-0.2 * torch.rand(2, length, 2, generator=torch.Generator().manual_seed(1))).to(DEVICE).requires_grad_()
+    return (-0.2 * torch.rand(2, length, 1, generator=torch.Generator().manual_seed(1))).to(DEVICE).requires_grad_()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def gates(length: int) -> Tensor:
     ids=["pure", "hybrid", "sink-queries", "state", "bidirectional", "bidirectional-window"],
 )
 def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
-    phi = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    phi = make("hedgehog", 8, num_heads=2, num_kv_heads=1).to(DEVICE)
     own_queries = "sink_queries" in options
     options = {name: value for name, value in options.items() if name != "sink_queries"}
 
@@ -76,8 +76,8 @@ def test_one_dynamic_graph_equals_eager(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, HYBRID], ids=["pure", "hybrid"])
 def test_mild_and_strong_decays_equal_the_reference(options: dict[str, Any], forgets: float) -> None:
     """Chunks that forget little have factors for weights; in the others every pair is weighed by itself."""
-    phi = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
-    wide = make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE).double()
+    phi = make("hedgehog", 8, num_heads=2, num_kv_heads=1).to(DEVICE)
+    wide = make("hedgehog", 8, num_heads=2, num_kv_heads=1).to(DEVICE).double()
     wide.load_state_dict(phi.state_dict())
     decay = gates(40).detach()
     decay[:, 5::13] -= forgets
@@ -134,8 +134,8 @@ def no_map_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["pure", "hybrid-state", "mask", "bidirectional", "bidirectional-window"],
 )
 def test_a_map_before_the_kernels_equals_the_reference(no_map_fits: None, kind: str, options: dict[str, Any]) -> None:
-    phi = make(kind, 8, num_heads=4, num_kv_heads=2).to(DEVICE)
-    wide = make(kind, 8, num_heads=4, num_kv_heads=2).to(DEVICE).double()
+    phi = make(kind, 8, num_heads=2, num_kv_heads=1).to(DEVICE)
+    wide = make(kind, 8, num_heads=2, num_kv_heads=1).to(DEVICE).double()
     wide.load_state_dict(phi.state_dict())
     decay = [gates(40)] if options.get("causal", True) else []
     if "mask" in options:
@@ -156,7 +156,7 @@ def test_a_map_before_the_kernels_equals_the_reference(no_map_fits: None, kind: 
 
 
 def test_a_map_before_the_kernels_compiles(no_map_fits: None) -> None:
-    phi = make("exp", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    phi = make("exp", 8, num_heads=2, num_kv_heads=1).to(DEVICE)
     tensors = inputs(21)
 
     def run(attend: Any) -> list[Tensor]:
@@ -199,7 +199,7 @@ def test_func_grad() -> None:
 
 
 def test_checkpointing_changes_nothing() -> None:
-    tensors, phi = inputs(21), make("hedgehog", 8, num_heads=4, num_kv_heads=2).to(DEVICE)
+    tensors, phi = inputs(21), make("hedgehog", 8, num_heads=2, num_kv_heads=1).to(DEVICE)
 
     def attend(*x: Tensor) -> Tensor:
         return kernel_attention(*x, feature_map=phi, impl="triton", **HYBRID).out
@@ -225,7 +225,7 @@ def test_refusals_name_the_reason() -> None:
     wide = torch.rand(1, 3, 1, 600, device=DEVICE)
     with pytest.raises(UnsupportedError, match="600 features are more than 512"):
         linear_attention(wide, wide, wide[..., :8], impl="triton")
-    phi = make("elu", 8, num_heads=4, num_kv_heads=2)
+    phi = make("elu", 8, num_heads=2, num_kv_heads=1)
     with pytest.raises(UnsupportedError, match="6 sinks needs a window"):
         kernel_attention(q, k, v, feature_map=phi, window=5, sinks=6, causal=False, impl="triton")
 
