@@ -19,6 +19,8 @@ MODELS = {
     "trained_control": "window of equal bytes, trained",
     "control": "window of equal bytes, no training",
 }
+UNTRAINED = {"control": "— equal bytes, no training", "layer_control": "— equal bytes layer by layer, no training"}
+"""Windows beside a variant as they come from its teacher; the second where a variant's windows differ by layer."""
 """Models of a variant, and what the plot calls them."""
 RECALLED = {"student": "**{}**", "control": "— equal bytes, no training", "trained_control": "— equal bytes, trained"}
 
@@ -30,12 +32,23 @@ def markdown(results: Results, *, smoke: bool) -> str:
     done = {name: result for name, result in results.items() if "error" not in result}
     machines = dict.fromkeys(f"{result['device']}, {result['dtype']}" for result in done.values())
     about = "A tiny random model: these numbers mean nothing." if smoke else f"Measured on: {'; '.join(machines)}."
-    sections = [["# Conversion: what each part is worth", "", about], _losses(done), _gains(done), _recalls(done)]
+    sections = [["# Conversion: what each part is worth", "", about], *map(_losses, _by_text(done)), _gains(done)]
+    sections += [_recalls(done)]
     failed = [f"Not run: {name}: {result['error']}" for name, result in results.items() if "error" in result]
     return "\n\n".join(["\n".join(lines) for lines in sections if lines] + failed) + "\n"
 
 
+def _by_text(done: Results) -> list[dict[str, Mapping[str, Any]]]:
+    """The results in groups that were judged on the same windows of the same texts."""
+    groups: dict[Any, dict[str, Mapping[str, Any]]] = {}
+    for name, result in done.items():
+        cut = tuple((row["text"], row["length"], row["windows"]) for row in result["audit"])
+        groups.setdefault(cut, {})[name] = result
+    return list(groups.values())
+
+
 def _losses(done: Results) -> list[str]:
+    """Of results on the same windows."""
     rows: list[list[str]] = []
 
     def losses(result: Mapping[str, Any], model: str) -> list[str]:
@@ -47,13 +60,17 @@ def _losses(done: Results) -> list[str]:
         rows += [[f"**{name}**", str(len(result["kept"])), _millions(result["stages"]), *losses(result, "student")]]
         if result["config"]["student"].get("feature_map", "hedgehog") is not None:
             rows += [["— far branch off", "", "", *losses(result, "far_off")]]
-            rows += [["— equal bytes, no training", "", "", *losses(result, "control")]]
+            for model, label in UNTRAINED.items():
+                if all(model in row["losses"] for row in result["audit"]):
+                    rows += [[label, "", "", *losses(result, model)]]
         if control := result["control"]:
             rows += [["— equal bytes, trained", "", _millions(control["stages"]), *losses(result, "trained_control")]]
-    places = [f"{row['text']}, {row['length']:,}" for result in list(done.values())[:1] for row in result["audit"]]
+    audit = next(iter(done.values()))["audit"]
+    places = [f"{row['text']}, {row['length']:,}" for row in audit]
+    cuts = ", ".join(str(row["windows"]) for row in audit)
     return [
-        "Cross-entropy on held-out texts in nats per token, by window length (for softmax layers, lengths beyond the "
-        "teacher's are as foreign as for the teacher):",
+        "Cross-entropy on held-out texts in nats per token, by window length (for softmax layers without a bound, "
+        f"lengths beyond the teacher's are as foreign as for the teacher), of {cuts} windows:",
         "",
         *_table(["variant", "softmax layers", "M tokens", *places], rows),
     ]
@@ -84,15 +101,22 @@ def _recalls(done: Results) -> list[str]:
     asked = {name: result["recall"] for name, result in done.items() if result.get("recall")}
     if not asked:
         return []
-    first = next(iter(asked.values()))["teacher"]
-    rows = [["teacher", *(f"{cell['rate']:.2f}" for cell in first)]]
+    about = ["Recall of a fact so many tokens back, by generation with the cache:"]
+    groups: dict[Any, dict[str, Any]] = {}
     for name, recall in asked.items():
-        for model, label in RECALLED.items():
-            if model in recall:
-                rows += [[label.format(name), *(f"{cell['rate']:.2f}" for cell in recall[model])]]
-    header = [f"{cell['task']}, {cell['distance']:,}" for cell in first]
-    about = f"Recall of a fact so many tokens back, by generation with the cache, of {first[0]['prompts']} prompts:"
-    return [about, "", *_table(["model", *header], rows)]
+        cells = tuple((cell["task"], cell["distance"], cell["prompts"]) for cell in recall["teacher"])
+        groups.setdefault(cells, {})[name] = recall
+    for cells, recalls in groups.items():
+        rows = [["teacher", *_rates(next(iter(recalls.values()))["teacher"])]]
+        for name, recall in recalls.items():
+            rows += [[label.format(name), *_rates(recall[m])] for m, label in RECALLED.items() if m in recall]
+        header = [f"{task}, {distance:,}" for task, distance, _ in cells]
+        about += ["", *_table([f"of {cells[0][2]} prompts", *header], rows)]
+    return about
+
+
+def _rates(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{cell['rate']:.2f}" for cell in cells]
 
 
 def _loss(value: float) -> str:
@@ -122,7 +146,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def plot(results: Results, path: Path) -> bool:
     """Cross-entropy of each variant and of the models beside it, by text and length; the teacher's as a line.
 
-    False without matplotlib, or where nothing was measured.
+    Of those that were judged on the first one's windows. False without matplotlib, or where nothing was measured.
     """
     done = {name: result for name, result in results.items() if "error" not in result}
     try:
@@ -131,6 +155,7 @@ def plot(results: Results, path: Path) -> bool:
         return False
     if not done:
         return False
+    done = _by_text(done)[0]
     rows = next(iter(done.values()))["audit"]
     texts, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("text", "length"))
     size = (2.4 + 3.2 * len(lengths), 0.8 + (0.6 + 0.5 * len(done)) * len(texts))

@@ -106,6 +106,25 @@ def test_every_variant_runs_and_the_table_has_what_was_measured(
     assert (tmp_path / "results" / "conversion.md").read_text(encoding="utf-8").startswith("# Conversion")
 
 
+def test_what_was_judged_on_other_windows_has_a_table_of_its_own(benchmark: ModuleType) -> None:
+    record = json.loads((BENCHMARKS / "results" / "conversion.json").read_text(encoding="utf-8"))
+    name, result = next(iter(record["results"].items()))
+    other = copy.deepcopy(result)
+    for row in other["audit"]:
+        row["windows"] += 1
+        row["losses"]["teacher"] += 1
+    for cell in other["recall"]["teacher"]:
+        cell["prompts"] += 1
+    text = benchmark.report.markdown({name: result, "other": other, "third": result}, smoke=False)
+    first, second, *_ = [part for part in text.split("Cross-entropy on held-out texts")[1:]]
+    assert f"| **{name}** |" in first
+    assert "| **third** |" in first
+    assert "| **other** |" in second
+    assert "| **other** |" not in first
+    assert text.count("| teacher |") == 4
+    assert f"of {other['recall']['teacher'][0]['prompts']} prompts" in text
+
+
 def test_jobs_run_a_variant_each_and_a_failed_one_is_told(benchmark, tmp_path, monkeypatch, capsys) -> None:
     started: list[list[str]] = []
 
