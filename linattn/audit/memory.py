@@ -161,7 +161,8 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_
     bytes to spend. A layer with a sliding window of its own gets no larger one than that.
 
     With ``by_layer`` each layer has a window of its own, that which takes its state's bytes: the control of a student
-    whose layers differ, or retain tokens, which says what the far branches are worth where the other says what the whole layout is.
+    whose layers differ, or retain tokens, which says what far branches and retained tokens are worth where the other
+    says what the whole layout is.
 
     ``convert_model(teacher, plan=equal_bytes_plan(student))``, in the student's dtype, is the control: it trains, saves
     and loads like any converted model. :func:`equal_bytes_control` makes the untrained one for a while.

@@ -77,18 +77,19 @@ def audit_model(
 
         - ``verdict``: sentences.
         - ``length``: T. ``windows``: N.
-        - ``reach``: tokens attended exactly, window, retained ones and sinks; with more of them before it, a token has a
-          far branch. ``retained``: those of them that are behind the window. Of the layer that has most of each.
+        - ``reach``: tokens attended exactly: window, retained ones and sinks; with more of them before it, a token has
+          a far branch. ``retained``: those among them behind the window. Of the layer that has most.
         - ``cheaper_from``: length from which the student's memory takes fewer bytes than the teacher's, or None.
 
         and of the parts:
 
         - of ``losses``, ``models``: by name (``teacher``, ``student``, ``far_off``, ``near_off``, ``attention_off``,
           ``control``, ``trained_control``, ``retained_off`` where tokens are retained, and ``layer_control`` where they
-          are or the far layers' windows differ: those of each layer's bytes) the ``buckets`` of :class:`PositionLosses`, and of what is no ablation the
-          ``bytes`` (:class:`StateBytes`) at T tokens; ``windows`` of a control: tokens in the window of each converted
-          layer. ``beyond_reach``: means over the positions beyond ``reach``, of ``far_branch`` (far_off − student),
-          ``retained`` (retained_off − student), ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control``, ``over_layer_control``
+          are or the far layers' windows differ: those of each layer's bytes) the ``buckets`` of
+          :class:`PositionLosses`, and of what is no ablation the ``bytes`` (:class:`StateBytes`) at T tokens;
+          ``windows`` of a control: tokens in the window of each converted layer. ``beyond_reach``: means over the
+          positions beyond ``reach``, of ``far_branch`` (far_off − student), ``retained`` (retained_off − student),
+          ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control``, ``over_layer_control``
           and ``over_trained_control`` (control − student). ``differences``: the same by position.
         - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
         - ``counterfactual``: :func:`counterfactual_kl` of ``teacher``, ``student`` and ``far_off`` under ``models``:
@@ -234,7 +235,7 @@ def _with_controls(
 
 
 def _differ(student: PreTrainedModel) -> bool:
-    """Whether the windows of its far layers do, or some retain tokens: then the layout is a part of what it is worth."""
+    """Whether the windows of its far layers do, or tokens are retained: then the layout is a part of its worth."""
     layers = converted_layers(student)
     return len({layer.window for layer in layers}) > 1 or any(layer.retained for layer in layers)
 

@@ -167,7 +167,7 @@ class LinattnCacheLayer(CacheLayerMixin):
             held = torch.cat([self.kept_positions.to(held.device), held], 1)
         if (missing := state.retained - best.shape[1]) > 0:
             best, held = F.pad(best, [0, 0, 0, missing], value=-math.inf), F.pad(held, [0, 0, 0, missing])
-        chosen = best.argsort(1, descending=True, stable=True)[:, : state.retained]
+        chosen = best.argsort(dim=1, descending=True, stable=True)[:, : state.retained]
         # In order of age, empty ones last; the state's slots are in that order, wherever it has its empty ones.
         chosen = chosen + best.shape[1] * best.gather(1, chosen).isneginf()
         chosen = chosen.sort(1).values % best.shape[1]
