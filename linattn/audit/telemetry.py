@@ -80,9 +80,8 @@ def layer_telemetry(teacher: PreTrainedModel, student: PreTrainedModel, tokens: 
     plan = ConversionPlan.from_dict(student.config.linattn)
     reach = max(layer.reach for layer in layers)
     if tokens.shape[1] <= reach:
-        raise ShapeError(
-            f"tokens: got windows of {tokens.shape[1]} tokens, expected more than window + retained + sinks = {reach}."
-        )
+        near = "window + retained + sinks" if any(layer.retained for layer in layers) else "window + sinks"
+        raise ShapeError(f"tokens: got windows of {tokens.shape[1]} tokens, expected more than {near} = {reach}.")
     seen, ends = _student_facts(student, layers, tokens)
     exact = _teacher_masses(teacher, plan, tokens, ends)
     found = []
@@ -124,12 +123,8 @@ def _student_facts(
     def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
         q, k, v = args
         if layer.retained:
-            from linattn.kernels.retain import expiry
-
-            scores = layer.scores(k, v, options.get("rotation"))
-            sizes = {"window": layer.window, "sinks": layer.sinks, "retained": layer.retained}
-            ends[layer].append(expiry(scores, **sizes).cpu())
-            options = {**options, "scores": scores}
+            options = {**options, "scores": layer.scores(k, v, options.get("rotation"))}
+            ends[layer].append(layer.expiries(options["scores"]).cpu())
         for name, value in _facts(layer, q, k, options).items():
             sums[layer][name] = sums[layer].get(name, 0) + value.double().cpu() / len(tokens)
 

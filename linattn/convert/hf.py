@@ -39,6 +39,7 @@ from linattn.convert.rotary import (
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
 from linattn.feature_maps import SequenceMap, make
 from linattn.kernels import kernel_attention
+from linattn.kernels.retain import FOREVER, expiry
 from linattn.scores import TokenScore
 from linattn.state import AttentionState
 
@@ -189,6 +190,16 @@ class ConvertedAttention(nn.Module):
         k = k if rotation is None else rotation.undo(k[:, :, :0], k)[1]
         at = _positions(k.shape[1], mask, None, state, k.device)
         return self.score(k, v) + self.recency * at[..., None].float()
+
+    @torch.no_grad()
+    def expiries(self, scores: Tensor) -> Tensor:
+        """``[B, Hkv, T]`` int32, the first query to which each token is far, of the :meth:`scores` of whole sequences.
+
+        Sinks, and tokens retained to the end, have ``FOREVER``.
+        """
+        ends = expiry(scores[:, self.sinks :].transpose(1, 2), window=self.window, retained=self.retained)
+        ends = torch.where(ends < FOREVER, ends + self.sinks, FOREVER)
+        return nn.functional.pad(ends, [min(self.sinks, scores.shape[1]), 0], value=FOREVER)
 
     def moves_sinks(self, tokens: float) -> bool:
         """Whether sinks are met by :meth:`sink_queries` in sequences of so many tokens."""
