@@ -24,7 +24,6 @@ VARIANTS = {
     "no-far-rope-of-a-part": ("gpt-neox", {"far_rope": False}),
     "near-sinks": ("qwen3", {"sink_distance": 9}),
     "retained": ("qwen3", {"retained": 7, "far_rope": False, "decay": "fixed"}),
-    "retained-in-windows-alone": ("llama", {"retained": [0, 7], "feature_map": None}),
     "native-windows-converted": ("mistral-sliding", {"native_sliding": "convert"}),
 }
 
