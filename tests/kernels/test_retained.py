@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import io
 import itertools
-import itertools
 import math
 from typing import Any
 
