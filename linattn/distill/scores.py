@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linattn.convert import ConvertedAttention
 from linattn.distill.engine import processes
+from linattn.distill.targets import SplitAttention
+from linattn.kernels.retain import received_attention
 
+CHUNK = 128
+"""Queries whose logits stand in memory at a time, where there is no kernel."""
 FEWEST = 64
-"""Queries that a token's share of attention is a mean over at least, where the sequence has as many to spare."""
+"""Queries behind the window that a token is told by at least, where half the tokens have as many."""
 FLOOR = 1e-6
 """Added to shares whose log is taken."""
 TOP = 8.0
-"""Nats over the log of the mean share from where on the loss grows linearly: one token with everything has log T."""
+"""Nats above the mean from where on the loss grows linearly: a token that every query attends alone has log T."""
 PASSES = 10
 """Over the first batch."""
 
@@ -21,66 +28,138 @@ PASSES = 10
 class ScoreRegression:
     """Teaches layers with retained tokens what to retain, beside the optimizer that trains the rest.
 
-    A score aims at the log of the share of attention that later queries give the token once it is behind the window:
-    dropping the tokens of the least expected share costs the exact part the least mass. Shares are almost all tiny and
-    a few are large, so the loss is Poisson's, exp(s) − share · s, which is least where exp(s) is the expected share.
-    (Scores trained to evict from a cache: arXiv:2410.01805.)
-
-    Nothing but the layer's keys and values enters, and no other loss reaches the scores: they have an Adam of their own
-    (Kingma & Ba 2015), on float32 masters, which takes several steps on parts of every batch.
+    A score aims at the log of the mean share of attention that all later queries give its token once it is behind the
+    window: what is dropped first is what the exact part will miss least (scores trained to evict from a cache:
+    arXiv:2410.01805). Nothing but keys and values enters, and no other loss reaches the scores: an Adam of their own
+    (arXiv:1412.6980), on float32 masters, takes some steps on each batch.
 
     Args:
-        layers: converted modules by path, of which those without retained tokens are passed by.
+        layers: converted modules by path; those without retained tokens are passed by.
+        rate: of Adam at its highest. steps: on each batch, each on other tokens of it.
 
     Attributes:
         layers: those with retained tokens.
-        held: moments, steps and masters, for checkpoints: the scores' own tensors are the modules'.
+        held: the masters and Adam's state, which a checkpoint needs beside the modules' own tensors.
     """
 
-    def __init__(self, layers: dict[str, ConvertedAttention]) -> None:
+    def __init__(self, layers: dict[str, ConvertedAttention], rate: float, steps: int) -> None:
         self.layers = {path: module for path, module in layers.items() if module.retained}
+        self.rate, self.steps = rate, steps
         self.held: dict[str, Tensor] = {}
-        self._masters: dict[str, dict[str, Tensor]] = {}
-        self._adams: dict[str, torch.optim.Adam] = {}
+        self._learners: dict[str, tuple[nn.Module, torch.optim.Adam]] = {}
         for path, module in self.layers.items():
-            parameters = dict(module.score.named_parameters())  # type: ignore[union-attr]
-            # The same memory, where a parameter is float32 itself.
-            masters = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
-            adam = torch.optim.Adam(masters.values(), capturable=next(iter(masters.values())).is_cuda)
-            for name, master in masters.items():
-                state = {"step": torch.zeros((), device=master.device)}
-                state |= {moment: torch.zeros_like(master) for moment in ("exp_avg", "exp_avg_sq")}
-                adam.state[master] = state
-                kept = state if master.dtype == parameters[name].dtype else state | {"master": master}
-                self.held |= {f"{path}.linattn.score.{name}.{key}": t for key, t in kept.items()}
-            self._masters[path], self._adams[path] = masters, adam
+            assert module.score is not None
+            wide = torch.promote_types(module.score.bias.dtype, torch.float32)
+            master = copy.deepcopy(module.score).to(wide).requires_grad_()
+            adam = torch.optim.Adam(master.parameters(), capturable=master.bias.is_cuda)
+            tensors = {f"{name}.master": t for name, t in master.state_dict().items()}
+            for name, p in master.named_parameters():
+                adam.state[p] = {x: torch.zeros_like(p) for x in ("exp_avg", "exp_avg_sq")}
+                adam.state[p]["step"] = torch.zeros((), device=p.device)
+                tensors |= {f"{name}.{x}": t for x, t in adam.state[p].items()}
+            self._learners[path] = master, adam
+            self.held |= {f"{path}.linattn.score.{name}": t for name, t in tensors.items()}
 
     @torch.no_grad()
-    def prepare(self, path: str, k: Tensor, v: Tensor, share: Tensor, *, rate: float, steps: int) -> None:
-        """Standardise a fresh score on its first batch, and let it learn from that one; arguments as of :meth:`fit`."""
-        score = self.layers[path].score
-        assert score is not None
-        if not bool(score.mean.any()):
-            x = score.inputs(k, v).flatten(0, 1)
-            score.mean.copy_(x.mean(0))
-            score.std.copy_(x.std(0).clamp_min(1e-3))
-            self._masters[path]["bias"].copy_((share.mean((0, 1)) + FLOOR).log())
+    def prepare(self, path: str, k: Tensor, v: Tensor, share: Tensor) -> None:
+        """Standardise a new score on the first batch, and let it learn from that; arguments as of a call."""
+        master, _ = self._learners[path]
+        if not bool(master.mean.any()):
+            x = master.inputs(k, v).flatten(0, 1)
+            master.mean.copy_(x.mean(0))
+            master.std.copy_(x.std(0).clamp_min(1e-3))
+            master.bias.copy_((share.mean((0, 1)) + FLOOR).log())
         for _ in range(PASSES):
-            self.fit(path, k, v, share, rate=rate, steps=steps)
+            self(path, k, v, share)
 
-    def fit(self, path: str, k: Tensor, v: Tensor, share: Tensor, *, rate: float, steps: int) -> None:
-        """Take some steps on a batch, each on other tokens of it.
+    def __call__(self, path: str, k: Tensor, v: Tensor, share: Tensor, part: float = 1.0) -> None:
+        """Let a layer's score learn from a batch.
 
         Args:
-            k: ``[B, T, Hkv, D]`` what the score reads of keys. v: ``[B, T, Hkv, V]``.
-            share: ``[B, T', Hkv]`` of the tokens that have one, by :func:`shares`.
+            k, v, share: see :func:`attended`.
+            part: of the highest rate.
         """
-        k, v, share = (x[:, : share.shape[1]].flatten(0, 1) for x in (k, v, share))
-        score, masters, adam = self.layers[path].score, self._masters[path], self._adams[path]
-        assert score is not None
-        adam.param_groups[0]["lr"] = rate
-        for part in torch.randperm(len(k), device=k.device).chunk(steps):
+        (master, adam), several = self._learners[path], processes().num_processes > 1
+        adam.param_groups[0]["lr"] = self.rate * part
+        k, v, share = (x.flatten(0, 1) for x in (k, v, share))
+        for some in torch.randperm(len(k), device=k.device).chunk(self.steps):
             with torch.enable_grad():
-                leaves = {name: master.requires_grad_() for name, master in masters.items()}
-                found = torch.func.functional_call(score, leaves, (k[None, part], v[None, part]))[0]
-                poisson_loss(found, share[part]).backward()
+                poisson_loss(master(k[None, some], v[None, some])[0], share[some]).backward()
+            if several:
+                from accelerate.utils import reduce
+
+                for p in master.parameters():
+                    p.grad = reduce(p.grad, "mean")
+            nn.utils.clip_grad_norm_(master.parameters(), 1.0)
+            for p in master.parameters():
+                p.grad.nan_to_num_(0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
+            adam.step()
+            adam.zero_grad()
+        self.layers[path].score.load_state_dict(master.state_dict())
+
+
+def poisson_loss(scores: Tensor, share: Tensor) -> Tensor:
+    """Mean of exp(score) − share · score, least where exp(score) is the expected share, of ``[n, Hkv]`` both.
+
+    Shares are almost all tiny and a few are large, so each head's are told in units of their mean.
+    """
+    mean = share.mean(0).clamp_min(1e-9)
+    scores = scores - mean.log()
+    expected = scores.clamp_max(TOP).exp() * (1 + (scores - TOP).clamp_min(0.0))
+    return (expected - share / mean * scores).mean()
+
+
+def explained(scores: Tensor, share: Tensor) -> Tensor:
+    """R²: the part of the variance of the tokens' log shares that their scores explain, in ``[B, T, Hkv]`` both."""
+    target = (share + FLOOR).log()
+    scores, target = (x - x.mean((0, 1)) for x in (scores, target))
+    return 1 - (scores - target).square().mean() / target.square().mean().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def attended(
+    module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], split: SplitAttention
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a score learns from: the tokens that have queries enough behind them to tell how much attention they get.
+
+    Args:
+        q, k, v, options: what the layer was called with. split: its softmax attention, at any edges.
+
+    Returns:
+        Their keys as the score reads them ``[B, T', Hkv, D]``, their values ``[B, T', Hkv, V]``, and ``[B, T', Hkv]``
+        float32: the mean share of attention, over the queries from ``window`` tokens on and over the heads of the
+        kv head, that each gets.
+    """
+    length, rotation = q.shape[1], options.get("rotation")
+    count = length - module.window - module.sinks  # tokens that get behind the window
+    told = slice(module.sinks, length - module.window - min(FEWEST, count // 2))
+    mass = torch.logaddexp(split.log_near, split.log_far)
+    sums = _received(module, q, k, mass, options["softcap"])[:, told]
+    queries = length - module.window - torch.arange(length, device=q.device)[told]
+    keys = k if rotation is None else rotation.undo(k[:, :, :0], k)[1]
+    return keys[:, told], v[:, told], sums / queries[:, None]
+
+
+def _received(module: ConvertedAttention, q: Tensor, k: Tensor, mass: Tensor, softcap: float | None) -> Tensor:
+    """``[B, T, Hkv]`` sums over the queries behind the window of the shares that keys get, means over the heads."""
+    length, window, scale = q.shape[1], module.window, module.feature_map.scale
+    limited = module.native_window is not None and module.native_window < length
+    if q.is_cuda and softcap is None and not limited:
+        return received_attention(q, k, mass, scale=scale, after=window)
+    kv_heads, at = k.shape[2], torch.arange(length, device=q.device)
+    sums = k.new_zeros(k.shape[:3], dtype=mass.dtype)
+    keys = k.to(mass.dtype)
+    for start in range(window, length, CHUNK):
+        rows = slice(start, min(start + CHUNK, length))
+        gap = at[rows, None] - at[: rows.stop - window]
+        seen = gap >= window
+        if limited:
+            seen &= gap < module.native_window
+        grouped = q[:, rows].to(mass.dtype).unflatten(2, (kv_heads, -1)) * scale
+        logits = torch.einsum("btkgd,bskd->bkgts", grouped, keys[:, : gap.shape[1]])
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits - mass[:, rows].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1)[..., None]
+        share = logits.masked_fill(~seen, -torch.inf).exp().mean(2).sum(2)  # [B, Hkv, S]
+        sums[:, : gap.shape[1]] += share.transpose(1, 2)
+    return sums

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linattn.errors import OptionError
+from linattn.kernels.retain import expiring_attention
 
 CHUNK = 128
 """Queries whose logits stand in memory at a time, where torch has no fused attention."""
