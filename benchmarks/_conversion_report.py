@@ -102,17 +102,22 @@ def _recalls(done: Results) -> list[str]:
     if not asked:
         return []
     about = ["Recall of a fact so many tokens back, by generation with the cache:"]
-    groups: dict[Any, dict[str, Any]] = {}
-    for name, recall in asked.items():
-        cells = tuple((cell["task"], cell["distance"], cell["prompts"]) for cell in recall["teacher"])
-        groups.setdefault(cells, {})[name] = recall
-    for cells, recalls in groups.items():
+    for cells, recalls in _by_prompts(asked).items():
         rows = [["teacher", *_rates(next(iter(recalls.values()))["teacher"])]]
         for name, recall in recalls.items():
             rows += [[label.format(name), *_rates(recall[m])] for m, label in RECALLED.items() if m in recall]
         header = [f"{task}, {distance:,}" for task, distance, _ in cells]
         about += ["", *_table([f"of {cells[0][2]} prompts", *header], rows)]
     return about
+
+
+def _by_prompts(asked: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Recalls in groups that were asked the same prompts, by (task, distance, number of prompts) of each."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, recall in asked.items():
+        cells = tuple((cell["task"], cell["distance"], cell["prompts"]) for cell in recall["teacher"])
+        groups.setdefault(cells, {})[name] = recall
+    return groups
 
 
 def _rates(cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -180,6 +185,40 @@ def plot(results: Results, path: Path) -> bool:
     grid[0][0].invert_yaxis()
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def plot_recall(results: Results, path: Path) -> bool:
+    """Recall by distance of the variants that were asked the first one's prompts, their controls and the teacher.
+
+    False without matplotlib, or where nothing was asked.
+    """
+    asked = {name: result["recall"] for name, result in results.items() if result.get("recall")}
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return False
+    if not asked:
+        return False
+    recalls = next(iter(_by_prompts(asked).values()))
+    curves = {"teacher": (next(iter(recalls.values()))["teacher"], "k--")}
+    for number, (name, recall) in enumerate(recalls.items()):
+        curves[name] = (recall["student"], f"C{number}o-")
+        control = next(model for model in ("trained_control", "control") if model in recall)
+        curves[f"{name}: {MODELS[control]}"] = (recall[control], f"C{number}s:")
+    figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    for label, (cells, style) in curves.items():
+        cells = [cell for cell in cells if cell["task"] == cells[0]["task"]]
+        distances, rates, errors = ([cell[key] for cell in cells] for key in ("distance", "rate", "standard_error"))
+        ax.errorbar(distances, rates, errors, fmt=style, label=label, markersize=4, linewidth=1.2, capsize=2)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([cell["distance"] for cell in cells], [f"{cell['distance']:,}" for cell in cells], fontsize=8)
+    ax.set_xlabel(f"distance of the {cells[0]['task']} in tokens")
+    ax.set_ylabel(f"recalled, of {cells[0]['prompts']} prompts")
+    ax.set_ylim(-0.03, 1.03)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True

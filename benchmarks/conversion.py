@@ -1,7 +1,7 @@
 """What each part of a conversion is worth: one model through the recipe many times, a part changed each time.
 
     python benchmarks/conversion.py --out runs --train train.npy --dev dev.npy --audit docs=docs.npy [--jobs 4]
-    python benchmarks/conversion.py --table        redraw table and plot from the JSON
+    python benchmarks/conversion.py --table        redraw table and plots from the JSON
     python benchmarks/conversion.py --smoke
 
 All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, help="folder of the tables; default benchmarks/results")
-    parser.add_argument("--table", action="store_true", help="only redraw table and plot of what is on record")
+    parser.add_argument("--table", action="store_true", help="only redraw table and plots of what is on record")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model on the CPU")
     args = parser.parse_args(argv)
     where = args.results or RESULTS
@@ -228,11 +228,13 @@ def add(name: str, result: dict[str, Any], path: Path, *, smoke: bool) -> dict[s
 
 
 def show(record: Mapping[str, Any], where: Path) -> None:
-    """Write and print the table, and draw the plot."""
+    """Write and print the table, and draw the plots."""
     text = report.markdown(record["results"], smoke=record["smoke"])
     (where / "conversion.md").write_text(text, encoding="utf-8")
-    if not report.plot(record["results"], (IMAGES if where == RESULTS else where) / "conversion.png"):
+    images = IMAGES if where == RESULTS else where
+    if not report.plot(record["results"], images / "conversion.png"):
         print("no matplotlib or nothing measured: there is no plot")
+    report.plot_recall(record["results"], images / "recall.png")
     print(text)
 
 

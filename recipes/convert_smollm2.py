@@ -280,11 +280,13 @@ def _keep(
     if not path.exists():
         windows = Windows(data, keep["length"], seed=None)
         tokens = torch.stack([windows[i] for i in range(min(keep["windows"], len(windows)))])
-        found = select_layers(student, tokens, keep=keep["count"], method=keep["method"])
-        costs = [cost._asdict() for cost in found.costs]
-        _write(path, {"method": keep["method"], "kept": found.kept, "costs": costs})
-    kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
-    log(f"kept softmax: {kept}")
+        choice = select_layers(student, tokens, keep=keep["count"], method=keep["method"])
+        costs = {"costs": [cost._asdict() for cost in choice.costs]}
+        costs |= {"chosen": choice.chosen._asdict(), "uniform": choice.uniform._asdict()}
+        _write(path, {"method": keep["method"], "kept": choice.kept} | costs)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    kept, chosen, uniform = found["kept"], found["chosen"]["kl"], found["uniform"]["kl"]
+    log(f"kept softmax: {kept}, KL {chosen:.5f}; evenly spaced {found['uniform']['kept']}, KL {uniform:.5f}")
     if kept:
         keep_softmax(student, *kept, reason=f"chosen by KL ({keep['method']})", softmax_window=window)
 

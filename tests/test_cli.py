@@ -470,14 +470,17 @@ def test_layers_are_selected_and_left_softmax(student: Path, data: Path, tmp_pat
     report = json.loads(cli(*ask, "--json").stdout)
     assert report["kept"] == list(want.kept)
     assert [cost["kl"] for cost in report["costs"]] == pytest.approx([cost.kl for cost in want.costs])
+    assert [report[name]["kl"] for name in ("chosen", "uniform")] == pytest.approx([want.chosen.kl, want.uniform.kl])
     out, plan = tmp_path / "hybrid", tmp_path / "plan.json"
     said = cli(*ask, "--out", out, "--plan", plan).stdout
-    assert said.endswith(f"keep softmax: {want.kept[0]}\n")
+    told = [f"{each.kept[0]}: KL {each.kl:.5f} ± {each.standard_error:.5f}" for each in (want.chosen, want.uniform)]
+    assert said.endswith(f"keep softmax: {told[0]}\nevenly spaced: {told[1]}\n")
     assert f"{want.costs[2].kl:.5f}" in said
     assert linattn.ConversionPlan.load(plan) == want.plan
     kinds = [layer["kind"] for layer in linattn.load(out).config.linattn["layers"]]
     assert kinds == [layer.kind for layer in want.plan.layers]
-    assert cli(*ask, "--method", "uniform").stdout == "keep softmax: 1\n"
+    assert cli(*ask, "--method", "uniform").stdout == f"keep softmax: {told[1]}\n"
+    assert cli(*ask, "--keep", 0).stdout.startswith("keep softmax: none: KL 0.")
     cli(*ask, "--out", tmp_path / "bound", "--plan", plan, "--softmax-window", 16)
     made = linattn.load(tmp_path / "bound").config.linattn["layers"][want.kept[0]]
     planned = linattn.ConversionPlan.load(plan).layers[want.kept[0]]

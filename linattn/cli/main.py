@@ -661,15 +661,23 @@ def select_layers(
         if (tokenizer := _optional(source.tokenizer)) is not None:
             tokenizer.save_pretrained(out)
     if as_json:
-        costs = [{name: finite(value) for name, value in cost._asdict().items()} for cost in found.costs]
-        typer.echo(json.dumps({"model": model, "method": method.value, "kept": found.kept, "costs": costs}, indent=2))
+
+        def plain(cost: Any) -> dict[str, Any]:
+            return {name: finite(x) if isinstance(x, float) else x for name, x in cost._asdict().items()}
+
+        costs = {"costs": [plain(cost) for cost in found.costs], "chosen": plain(found.chosen)}
+        costs["uniform"] = plain(found.uniform)
+        typer.echo(json.dumps({"model": model, "method": method.value, "kept": found.kept} | costs, indent=2))
         return
     if found.costs:
         table = _table("layer", "module", "kept before", "KL", "± s.e.", right=True)
         for cost in found.costs:
             table.add_row(str(cost.layer), cost.path, str(cost.kept), f"{cost.kl:.5f}", f"{cost.standard_error:.5f}")
         _print(table)
-    typer.echo(f"keep softmax: {', '.join(map(str, found.kept)) or 'none'}")
+    for name, choice in {"keep softmax": found.chosen, "evenly spaced": found.uniform}.items():
+        if name == "keep softmax" or method is not Method.uniform:
+            layers = ", ".join(map(str, choice.kept)) or "none"
+            typer.echo(f"{name}: {layers}: KL {choice.kl:.5f} ± {choice.standard_error:.5f}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ from linattn.distill.data import Windows, pack, read_texts, sample_from_teacher
 from linattn.distill.engine import Batch, Objective, Stage, Trained, train
 from linattn.distill.logits import CachedTeacher, Logits, cache_teacher
 from linattn.distill.recipe import Report, StageReport, distill, read_stages, write_stages
-from linattn.distill.select import LayerCost, Selection, head_costs, keep_softmax, select_layers
+from linattn.distill.select import KeptCost, LayerCost, Selection, head_costs, keep_softmax, select_layers
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.distill.transfer import Transfer
 
@@ -13,6 +13,7 @@ __all__ = [
     "Batch",
     "CachedTeacher",
     "Calibration",
+    "KeptCost",
     "LayerCost",
     "Logits",
     "Objective",

@@ -41,6 +41,19 @@ class LayerCost(NamedTuple):
     standard_error: float
 
 
+class KeptCost(NamedTuple):
+    """KL from the teacher in nats per token of the model that leaves some layers exact and converts all others.
+
+    Attributes:
+        kept: their indices in the plan.
+        kl: mean over the windows. standard_error: of it, from how the windows differ; NaN of one window.
+    """
+
+    kept: tuple[int, ...]
+    kl: float
+    standard_error: float
+
+
 class Selection(NamedTuple):
     """What :func:`select_layers` chose.
 
@@ -48,11 +61,14 @@ class Selection(NamedTuple):
         kept: indices of the layers to leave softmax, in the order of the choice; uniform ones from first to last.
         plan: the model's plan with those kept. :func:`keep_softmax` applies it to the model as it is.
         costs: the measurements, in order; none of ``"uniform"``.
+        chosen: what the model costs with those kept. uniform: with as many kept that are evenly spaced.
     """
 
     kept: tuple[int, ...]
     plan: ConversionPlan
     costs: tuple[LayerCost, ...]
+    chosen: KeptCost
+    uniform: KeptCost
 
 
 @torch.no_grad()
@@ -79,7 +95,8 @@ def select_layers(
         method: ``"alone"`` converts one layer at a time and keeps those that cost most, in as many passes as there are
             layers. ``"greedy"`` starts with all layers converted and keeps, one after the other, the layer whose
             exact attention leaves the lowest KL: ``keep`` times as many passes, and it sees that two layers can
-            make up for each other. ``"uniform"`` spaces them evenly and measures nothing, to compare with.
+            make up for each other. ``"uniform"`` spaces them evenly. Two passes more, or one, measure the choice and
+            evenly spaced layers.
         softmax_window: of the plan, where it bounds the chosen layers; costs are those of unbounded softmax.
         progress: called with (passes done, passes in all).
 
@@ -95,28 +112,35 @@ def select_layers(
             "the number of converted layers."
         )
     paths, costs = list(layers), list[LayerCost]()
-    if method == "uniform":
-        chosen = [paths[int((i + 0.5) * len(paths) / keep)] for i in range(keep)]
-    else:
-        rounds = min(keep, 1) if method == "alone" else keep
-        total = sum(len(paths) - done for done in range(rounds))
-        chosen = []
-        with _Measure(model, layers, tokens) as measure:
-            for done in range(rounds):
-                found = []
-                for path in paths:
-                    if path not in chosen:
-                        converted = {path} if method == "alone" else {*paths} - {*chosen, path}
-                        found.append(LayerCost(index[path], path, done, *measure(converted)))
-                        if progress is not None:
-                            progress(len(costs) + len(found), total)
-                found.sort(key=lambda cost: cost.kl, reverse=method == "alone")
-                chosen += [cost.path for cost in (found[:keep] if method == "alone" else found[:1])]
-                costs += found
-    kept = tuple(index[path] for path in chosen)
+    evenly = [paths[int((i + 0.5) * len(paths) / keep)] for i in range(keep)]
+    rounds = {"alone": min(keep, 1), "greedy": keep, "uniform": 0}[method]
+    total = sum(len(paths) - done for done in range(rounds)) + (1 if method == "uniform" else 2)
+    kept_costs: list[KeptCost] = []
+    chosen = evenly if method == "uniform" else list[str]()
+    with _Measure(model, layers, tokens) as measure:
+
+        def told() -> None:
+            if progress is not None:
+                progress(len(costs) + len(kept_costs), total)
+
+        for done in range(rounds):
+            found = []
+            for path in paths:
+                if path not in chosen:
+                    converted = {path} if method == "alone" else {*paths} - {*chosen, path}
+                    found.append(LayerCost(index[path], path, done, *measure(converted)))
+                    costs.append(found[-1])
+                    told()
+            found.sort(key=lambda cost: cost.kl, reverse=method == "alone")
+            chosen += [cost.path for cost in (found[:keep] if method == "alone" else found[:1])]
+        for these in [chosen] if method == "uniform" else [chosen, evenly]:
+            kept_costs.append(KeptCost(tuple(index[path] for path in these), *measure({*paths} - {*these})))
+            told()
+    kept = kept_costs[0].kept
     plan = ConversionPlan.from_dict(model.config.linattn)  # type: ignore[union-attr,arg-type]
     reason = "spaced evenly" if method == "uniform" else f"its conversion costs most, by KL ({method})"
-    return Selection(kept, plan.keep(*kept, reason=reason, softmax_window=softmax_window), tuple(costs))
+    plan = plan.keep(*kept, reason=reason, softmax_window=softmax_window)
+    return Selection(kept, plan, tuple(costs), kept_costs[0], kept_costs[-1])
 
 
 @torch.no_grad()

@@ -125,6 +125,15 @@ def test_what_was_judged_on_other_windows_has_a_table_of_its_own(benchmark: Modu
     assert f"of {other['recall']['teacher'][0]['prompts']} prompts" in text
 
 
+def test_recall_is_drawn_where_it_was_asked(benchmark: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    record = json.loads((BENCHMARKS / "results" / "conversion.json").read_text(encoding="utf-8"))
+    assert benchmark.report.plot_recall(record["results"], tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").stat().st_size > 0
+    silent = {name: result | {"recall": None} for name, result in record["results"].items()}
+    assert not benchmark.report.plot_recall(silent, tmp_path / "none.png")
+
+
 def test_jobs_run_a_variant_each_and_a_failed_one_is_told(benchmark, tmp_path, monkeypatch, capsys) -> None:
     started: list[list[str]] = []
 

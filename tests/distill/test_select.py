@@ -48,8 +48,14 @@ def test_a_layer_alone_costs_the_kl_of_the_model_that_converts_no_other(teacher,
     seen = []
     model = convert_model(copy.deepcopy(teacher), **FAR).train()
     found = select_layers(model, windows, keep=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    assert seen == [(i, 6) for i in (1, 2, 3, 4, 5, 6)]
     assert found.kept == (2, 0)
+    assert (found.chosen.kept, found.uniform.kept) == ((2, 0), (1, 3))
+    for cost in (found.chosen, found.uniform):
+        want = torch.tensor(kl(teacher, sorted({0, 1, 2, 3} - {*cost.kept}), windows)).double()
+        assert cost.kl == pytest.approx(want.mean().item(), rel=1e-3, abs=1e-7)
+        assert cost.standard_error == pytest.approx(want.std().item() / math.sqrt(3), rel=1e-3, abs=1e-7)
+    assert found.chosen.kl < found.uniform.kl
     assert [layer.kind for layer in found.plan.layers] == ["keep", "convert", "keep", "convert"]
     assert "by KL" in found.plan.layers[2].reason
     assert {cost.layer for cost in found.costs} == {0, 1, 2, 3}
@@ -76,6 +82,7 @@ def test_greedy_measures_anew_beside_what_it_has_chosen(teacher, windows):
         assert cost.kl == pytest.approx(want, rel=1e-3, abs=1e-7)
     last = [cost for cost in found.costs if cost.kept == 1]
     assert found.kept[1] == min(last, key=lambda cost: cost.kl).layer
+    assert found.chosen.kl == pytest.approx(min(cost.kl for cost in last), rel=1e-6)
 
 
 def test_the_teacher_of_a_sliding_layer_is_its_own_window(windows):
@@ -92,7 +99,9 @@ def test_the_teacher_of_a_sliding_layer_is_its_own_window(windows):
 def test_uniform_layers_are_spaced_evenly(llama, windows):
     model = convert_model(llama(num_hidden_layers=6), **FAR)
     assert select_layers(model, windows, keep=2, method="uniform").kept == (1, 4)
-    assert select_layers(model, windows, keep=3, method="uniform").kept == (1, 3, 5)
+    evenly = select_layers(model, windows, keep=3, method="uniform")
+    assert evenly.kept == evenly.chosen.kept == (1, 3, 5)
+    assert evenly.chosen == evenly.uniform
     none = select_layers(model, windows, keep=0)
     assert (none.kept, none.costs, none.plan) == ((), (), linattn.ConversionPlan.from_dict(model.config.linattn))
 
