@@ -107,6 +107,7 @@ def empty_state(call: Call) -> AttentionState:
         lookback=call.lookback,
         far_head_dim=None if call.k_far is None else call.k_far.shape[-1],
         decay=call.decay is not None,
+        retained=call.retained,
         dtype=call.v.dtype,
         device=call.v.device,
     )

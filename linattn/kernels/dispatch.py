@@ -54,10 +54,13 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
     if impl == "auto":
         impl = choose(call)
         _announce(impl)
+    run = IMPLEMENTATIONS[impl]
+    if call.retained and impl != "reference":
+        run = reference.attend
     if call.autocast is None:
-        return IMPLEMENTATIONS[impl](call)
+        return run(call)
     with autocast(call.q, None):  # sums and normalisers are float32 whatever the caller computes in
-        return IMPLEMENTATIONS[impl](call)
+        return run(call)
 
 
 def _announce(impl: str) -> None:
@@ -72,6 +75,7 @@ def _attend_whole_sequence(call: Call, attend: Callable[..., Tensor]) -> Tensor:
     extras = {
         "window": call.window,
         "sinks": call.sinks,
+        "retained": call.retained,
         "far_bias": call.far_bias is not None,
         "softcap": call.softcap is not None,
         "sink_logits": call.sink_logits is not None,
