@@ -150,8 +150,9 @@ class LinattnCacheLayer(CacheLayerMixin):
         new = positions.new_ones(count, tokens, dtype=torch.bool) if mask is None else mask
         index = new.cumsum(1) - 1
         best, held = scores, positions.expand(count, -1)
-        if (old := self.state) is not None:
-            assert old.recent_score is not None and self.positions is not None
+        old: Any = self.state
+        if old is not None:
+            assert self.positions is not None
             old, ring = old.to(scores.device), self.positions.to(scores.device)
             ages = old.length[:, None] - ring.shape[1] + torch.arange(ring.shape[1], device=scores.device)
             index = torch.cat([ages, old.length[:, None] + index], 1)
@@ -161,12 +162,12 @@ class LinattnCacheLayer(CacheLayerMixin):
         best = best.masked_fill(~left[..., None], -math.inf)
         held = held[..., None].expand(-1, -1, heads)
         if old is not None:
-            assert old.kept_score is not None and self.kept_positions is not None
+            assert self.kept_positions is not None
             best = torch.cat([old.kept_score, best], 1)
             held = torch.cat([self.kept_positions.to(held.device), held], 1)
         if (missing := state.retained - best.shape[1]) > 0:
             best, held = F.pad(best, [0, 0, 0, missing], value=-math.inf), F.pad(held, [0, 0, 0, missing])
-        chosen = best.argsort(1, descending=True, stable=True)[:, : state.retained]
+        chosen = best.argsort(dim=1, descending=True, stable=True)[:, : state.retained]
         # In order of age, empty ones last; the state's slots are in that order, wherever it has its empty ones.
         chosen = chosen + best.shape[1] * best.gather(1, chosen).isneginf()
         chosen = chosen.sort(1).values % best.shape[1]

@@ -72,9 +72,10 @@ class ConvertedAttention(nn.Module):
         far: False deletes the far branch, leaving a sliding window with sinks: the control a conversion must beat.
             See :func:`linattn.convert.window_only`.
         bound: True in a layer left softmax within a window: what looks at converted layers passes it by.
-        retained: tokens behind the window that each key/value head attends exactly, the best-scored ones. recency: added
-            to the score of each later token. score: tells the scores, None in a layer built without retained tokens.
-            It sees keys before rotary embedding; where that cannot be undone, after it.
+        retained: tokens behind the window that each key/value head attends exactly, the best-scored ones.
+        recency: what a token's score gains with each position.
+        score: tells the scores, recency left out; None in a layer built without retained tokens. It sees keys before
+            rotary embedding, whatever ``far_rope`` is; where the embedding cannot be undone, after it.
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
         far_rope: False where the far branch reads queries and keys before rotary embedding.
         sink_distance: tokens of rotary distance that sinks behind the window keep at most, or None.
@@ -368,7 +369,7 @@ def _with_far_keys(
         return state
     # As many as leave the window may take the place of the worst retained tokens.
     count = min(leaving, state.retained)
-    worst = state.kept_score.argsort(1, descending=True, stable=True)[:, state.retained - count :]  # [N, count, Hkv]
+    worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[:, state.retained - count :]  # [N, count, Hkv]
     entries = worst[..., None].expand(-1, -1, -1, state.kept_k.shape[-1])
     keys, at = state.kept_k.gather(1, entries), at.to(worst.device).gather(1, worst)
     keys = rotation.undo_at(keys.flatten(1, 2)[:, :, None], at.flatten(1, 2)).view_as(keys)
@@ -399,7 +400,8 @@ def _positions(
 def window_only(model: nn.Module) -> Iterator[None]:
     """Delete the far branch of a converted model's layers while the context lasts: a sliding window with sinks.
 
-    Retained tokens stay. The control that a conversion must beat, with the same weights. Caches do not carry over between the two forms.
+    Retained tokens stay. The control that a conversion must beat, with the same weights. Caches do not carry over
+    between the two forms.
     """
     layers = [module for module in model.modules() if isinstance(module, ConvertedAttention)]
     if not layers:

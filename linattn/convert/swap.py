@@ -59,12 +59,13 @@ def convert_model(
 ) -> Model:
     """Replace the softmax attention of a transformers model by linear attention, in place.
 
-    Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks``
-    first ones exactly, with ``retained`` the best-scored ones between, and the rest through a feature map (see
-    :func:`linattn.kernels.kernel_attention`). For sequences of up to ``window + retained + sinks`` tokens (bidirectional: ``window``; the least window of all layers) the
-    logits are the original's. Projections, rotary embedding, norms, softcaps, learned sink logits, tied weights,
-    dtype and device stay as they are; the new parameters live in ``<attention>.linattn``. The model's class becomes
-    a subclass of the one it had, and its cache a constant-size one.
+    Every layer that goes through transformers' attention interface attends ``window`` recent tokens, ``sinks`` first
+    ones and the ``retained`` best-scored ones between exactly, and the rest through a feature map (see
+    :func:`linattn.kernels.kernel_attention`). For sequences of up to ``window + retained + sinks`` tokens
+    (bidirectional: ``window``; the least sum of all layers) the logits are the original's. Projections, rotary
+    embedding, norms, softcaps, learned sink logits, tied weights, dtype and device stay as they are; the new
+    parameters live in ``<attention>.linattn``. The model's class becomes a subclass of the one it had, and its cache
+    a constant-size one.
 
     Args:
         model: any ``PreTrainedModel`` whose attention goes through the interface, causal or bidirectional.
