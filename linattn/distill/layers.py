@@ -15,7 +15,7 @@ from linattn.attention import LONGEST_HALF_LIFE
 from linattn.convert import ConvertedAttention
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.errors import ConversionError
-from linattn.kernels.retain import expiry as expiries
+from linattn.kernels import retain
 
 SHORTEST = 8.0
 """Tokens of the shortest half-life that a decay starts with."""
@@ -91,11 +91,17 @@ def exact(
 
 
 def expiry(module: ConvertedAttention, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """``[B, Hkv, T]`` first query to which each token is far, by the layer's scores; None if it retains no tokens."""
+    """``[B, Hkv, T]`` first query to which each token is far, by the layer's scores; None if it retains no tokens.
+
+    Sinks never are: they take no part in the choice.
+    """
     if not module.retained:
         return None
-    scores = module.scores(k, v, options.get("rotation"))
-    return expiries(scores, window=module.window, sinks=module.sinks, retained=module.retained)
+    scores = module.scores(k, v, options.get("rotation")).transpose(1, 2).clone()
+    scores[..., : module.sinks] = -torch.inf
+    ends = retain.expiry(scores, window=module.window, retained=module.retained)
+    ends[..., : module.sinks] = retain.FOREVER
+    return ends
 
 
 def relative_error(out: Tensor, target: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ def _look_back(
     q: Tensor,
     k: Tensor,
     options: dict[str, Any],
-    ends: Tensor | None,
+    ends: Tensor | None = None,
 ) -> None:
     """Decays under which far tokens of equal features are looked back to as far, in the mean, as by softmax.
 
@@ -197,7 +203,7 @@ def half_lives(distance: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
 
 def _matching_bias(
-    module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor, ends: Tensor | None
+    module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor, ends: Tensor | None = None
 ) -> Tensor:
     """``[H]`` mean over queries of softmax's ``log_far [T, H]`` − log(the map's far mass); 0 where none has both.
 

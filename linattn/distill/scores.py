@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from linattn.convert import ConvertedAttention
 from linattn.distill.engine import processes
 from linattn.distill.targets import SplitAttention
-from linattn.kernels.retain import received_attention
 
 CHUNK = 128
 """Queries whose logits stand in memory at a time, where there is no kernel."""
@@ -145,7 +144,9 @@ def _received(module: ConvertedAttention, q: Tensor, k: Tensor, mass: Tensor, so
     length, window, scale = q.shape[1], module.window, module.feature_map.scale
     limited = module.native_window is not None and module.native_window < length
     if q.is_cuda and softcap is None and not limited:
-        return received_attention(q, k, mass, scale=scale, after=window)
+        from linattn.kernels.triton.expiring import received_attention
+
+        return received_attention(q, k, mass, scale=scale, after=window).transpose(1, 2)
     kv_heads, at = k.shape[2], torch.arange(length, device=q.device)
     sums = k.new_zeros(k.shape[:3], dtype=mass.dtype)
     keys = k.to(mass.dtype)

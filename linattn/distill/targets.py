@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linattn.errors import OptionError
-from linattn.kernels.retain import expiring_attention
+from linattn.state import EMPTY_LOG_SCALE
 
 CHUNK = 128
 """Queries whose logits stand in memory at a time, where torch has no fused attention."""
@@ -160,8 +160,10 @@ def _by_difference(
             part, log_part = _fused(q[:, first:], k[:, sinks:last], v[:, sinks:last], scale)
             far, log_far = F.pad(part, [0, 0, 0, 0, first, 0]), F.pad(log_part, [0, 0, first, 0], value=-torch.inf)
         else:
-            part, log_far = expiring_attention(q, k, v, expiry, scale=scale, far=True)
-            far = part.to(out.dtype)
+            from linattn.kernels.triton.expiring import expiring_attention
+
+            part, log_part = expiring_attention(q, k, v, expiry, scale=scale, far=True)
+            far, log_far = part.to(out.dtype), log_part.masked_fill(log_part <= EMPTY_LOG_SCALE, -torch.inf)
         rest = -torch.expm1((log_far - log_sum).clamp_max(0.0))  # the near share
         rest = rest.clamp_min(torch.finfo(q.dtype).eps ** 2)
         log_near = log_sum + rest.log()
