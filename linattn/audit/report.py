@@ -17,7 +17,7 @@ from linattn.audit.far_gain import FarGain, gain_ratio, truncated_losses
 from linattn.audit.memory import cheaper_from, equal_bytes_control, state_bytes
 from linattn.audit.positions import EDGES, Bucket, Progress, by_position, check_tokens, mean_over, token_losses
 from linattn.audit.recall import Recall
-from linattn.audit.sentences import part_sentences
+from linattn.audit.sentences import PAIRS, part_sentences
 from linattn.audit.speed import decode_speed, faster_from
 from linattn.audit.telemetry import layer_telemetry
 from linattn.errors import OptionError, ShapeError
@@ -109,6 +109,7 @@ def audit_model(
     count, length = tokens.shape
     layers = converted_layers(student)
     reach, retained, sinks = (max(getattr(layer, name) for layer in layers) for name in ("reach", "retained", "sinks"))
+    near = "window + retained + sinks" if retained else "window + sinks"
     start = min(2048, length // 2) if start is None else start
     if unknown := sorted({*parts} - {*PARTS}):
         raise OptionError(f"parts: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}.")
@@ -116,12 +117,10 @@ def audit_model(
     if count < 2 or length <= reach + 1:
         raise ShapeError(
             f"tokens: got {count} windows of {length} tokens, expected at least 2 (for standard errors) and more than "
-            f"window + retained + sinks = {reach} tokens, up to which nothing is far."
+            f"{near} = {reach} tokens, up to which nothing is far."
         )
     if "far_gain" in wanted and not 1 <= reach <= start < length:
-        raise OptionError(
-            f"start={start}: expected window + retained + sinks = {reach} ≤ start < T = {length}, and reach ≥ 1."
-        )
+        raise OptionError(f"start={start}: expected {near} = {reach} ≤ start < T = {length}, and reach ≥ 1.")
     stride = max(1, reach // 4) if stride is None else stride
     if lengths is None:
         positions = getattr(teacher.config, "max_position_embeddings", None) or 4 * length
@@ -199,18 +198,6 @@ def audit_model(
         report["speed"] = {name: [at._asdict() for at in found] for name, found in times.items()}
         report["speed"]["faster_from"] = faster_from(times["teacher"], times["student"])
     return {"verdict": [*verdict(beyond, gain, cheaper), *part_sentences(report)], **report}
-
-
-PAIRS = {
-    "far_branch": ("far_off", "student"),
-    "retained": ("retained_off", "student"),
-    "window_cost": ("far_off", "teacher"),
-    "cost": ("student", "teacher"),
-    "over_control": ("control", "student"),
-    "over_layer_control": ("layer_control", "student"),
-    "over_trained_control": ("trained_control", "student"),
-}
-"""Differences of losses: of the first over the second."""
 
 
 CONTROLS = {

@@ -39,6 +39,7 @@ from linattn.convert.rotary import (
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
 from linattn.feature_maps import SequenceMap, make
 from linattn.kernels import kernel_attention
+from linattn.kernels.retain import FOREVER, expiry
 from linattn.scores import TokenScore
 from linattn.state import AttentionState
 
@@ -189,6 +190,16 @@ class ConvertedAttention(nn.Module):
         k = k if rotation is None else rotation.undo(k[:, :, :0], k)[1]
         at = _positions(k.shape[1], mask, None, state, k.device)
         return self.score(k, v) + self.recency * at[..., None].float()
+
+    @torch.no_grad()
+    def expiries(self, scores: Tensor) -> Tensor:
+        """``[B, Hkv, T]`` int32, the first query to which each token is far, of the :meth:`scores` of whole sequences.
+
+        Sinks, and tokens retained to the end, have ``FOREVER``.
+        """
+        ends = expiry(scores[:, self.sinks :].transpose(1, 2), window=self.window, retained=self.retained)
+        ends = torch.where(ends < FOREVER, ends + self.sinks, FOREVER)
+        return nn.functional.pad(ends, [min(self.sinks, scores.shape[1]), 0], value=FOREVER)
 
     def moves_sinks(self, tokens: float) -> bool:
         """Whether sinks are met by :meth:`sink_queries` in sequences of so many tokens."""
@@ -369,7 +380,9 @@ def _with_far_keys(
         return state
     # As many as leave the window may take the place of the worst retained tokens.
     count = min(leaving, state.retained)
-    worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[:, state.retained - count :]  # [N, count, Hkv]
+    worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[
+        :, state.retained - count :
+    ]  # [N, count, Hkv]
     entries = worst[..., None].expand(-1, -1, -1, state.kept_k.shape[-1])
     keys, at = state.kept_k.gather(1, entries), at.to(worst.device).gather(1, worst)
     keys = rotation.undo_at(keys.flatten(1, 2)[:, :, None], at.flatten(1, 2)).view_as(keys)

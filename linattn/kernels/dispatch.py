@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -56,11 +57,17 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
         _announce(impl)
     run = IMPLEMENTATIONS[impl]
     if call.retained and impl != "reference":
-        run = reference.attend
+        run = functools.partial(_attend_retained, impl=impl)
     if call.autocast is None:
         return run(call)
     with autocast(call.q, None):  # sums and normalisers are float32 whatever the caller computes in
         return run(call)
+
+
+def _attend_retained(call: Call, *, impl: str) -> tuple[Tensor, AttentionState | None]:
+    from linattn.kernels import retain  # which calls this module for the far part
+
+    return retain.attend(call, impl)
 
 
 def _announce(impl: str) -> None:
