@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     near = seen & ((gap < window) & (gap > -window) | is_sink)
     far = seen & ~near
     if t.scores is not None:
-        there = (t.scores.T > -torch.inf)[:, None] & ~is_sink  # [Hkv, 1, Tk]
+        there = t.scores.isfinite().T[:, None] & ~is_sink  # [Hkv, 1, Tk]
         left = there & (gap >= window)
         kept = _best(t.scores, left, call.retained)
         near, far = (x.repeat_interleave(groups, 0) for x in (near | kept, left & ~kept))
@@ -191,10 +191,9 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     return out, _fold(call, old, t, phi_k, log_k, since_old, past + len(keys))
 
 
-def _with_kept(call: Call, t: Tokens, old: AttentionState, row: int, keys: Tensor) -> Tokens:
+def _with_kept(call: Call, t: Tokens, old: Any, row: int, keys: Tensor) -> Tokens:
     """Tokens with scores, and the state's slots before the others, all at the position before the ring."""
-    assert old.kept_k is not None and old.kept_v is not None and old.recent_score is not None
-    assert call.scores is not None and old.kept_score is not None
+    assert call.scores is not None
     kept_far = old.kept_k if old.kept_far_k is None else old.kept_far_k
     new = len(keys)
     origin = t.clock[: len(t.clock) - new][-1:].sum(0)
@@ -235,7 +234,7 @@ def _fold(
     gone = ((t.positions < folded) & (t.positions >= sinks))[:, None].expand_as(t.decay)  # [Tk, Hkv]
     kept: dict[str, Tensor | None] = {}
     if t.scores is not None:
-        there = (gone & (t.scores > -torch.inf)).T
+        there = (gone & t.scores.isfinite()).T
         best = _best(t.scores, there, call.retained)
         gone = (there & ~best).T
     end = since_old[-1:] if len(since_old) else since_old.new_zeros(1, call.k.shape[2])

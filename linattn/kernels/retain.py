@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ def expiry(scores: Tensor, *, window: int, retained: int) -> Tensor:
 
     Entry j leaves the window at query j + W. It expires with the query at which the M-th better one has left too, or
     then, if M are there before it. With ranks by score that M-th one is the M-th smallest place among the better ranks:
-    a quantile of a prefix, for all prefixes at once by a wavelet matrix (Claude, Navarro & Ordóñez 2015) of 16 branches.
+    a quantile of a prefix, for all prefixes at once by a wavelet matrix (Claude, Navarro & Ordóñez 2015).
 
     Args:
         scores: ``[R, Hkv, L]``; of equal ones the older entry is the better.
@@ -191,7 +191,7 @@ def _entries(call: Call) -> Entries:
 def near_in_chunks(call: Call, q: Tensor, e: Entries) -> Part:
     """The near part, sinks left out, of the new tokens ``q [R, T, H, D]``: each chunk of them gathers its keys."""
     window, retained, sums = call.window, call.retained, call.sums
-    (rows, count, heads, _), (length, h) = q.shape, e.k.shape[1:3]
+    (rows, count, heads, _), h = q.shape, e.k.shape[2]
     c = call.chunk_size or min(max(chunked.CHUNK_SIZE, (window + retained) // 4), count)
     chunks = -(-count // c)
     q = F.pad(q.to(sums), [0, 0, 0, 0, 0, chunks * c - count])
@@ -494,10 +494,10 @@ def _final_state(
 
 
 def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
-    """One new token after a state without lookback: what leaves the ring contends with the slots, the worst is folded."""
-    state, sums, retained = call.state, call.sums, call.retained
-    assert state is not None and state.kept_k is not None and state.kept_v is not None
-    assert state.kept_score is not None and state.recent_score is not None and call.scores is not None
+    """One new token after a state without lookback: what leaves the ring contends for a slot, the worst is folded."""
+    state: Any = call.state
+    sums, retained = call.sums, call.retained
+    assert call.scores is not None
     device, groups = call.k.device, call.q.shape[2] // call.k.shape[2]
     k = torch.cat([state.recent_k.to(call.k.dtype), call.k], 1)  # [N, W + 1, h, D]
     v = torch.cat([state.recent_v.to(call.v.dtype), call.v], 1)
@@ -520,11 +520,11 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
 
     (kept_k, gone_k), (kept_v, gone_v) = contend(state.kept_k, k[:, :1]), contend(state.kept_v, v[:, :1])
     k_far = kept_far = None
-    if call.k_far is not None and state.recent_far_k is not None:
+    if call.k_far is not None:
         k_far = torch.cat([state.recent_far_k.to(call.k_far.dtype), call.k_far], 1)
         kept_far, gone_k = contend(state.kept_far_k, k_far[:, :1])
     decay = kept_decay = gone_decay = None
-    if call.decay is not None and state.recent_decay is not None and state.kept_decay is not None:
+    if call.decay is not None:
         decay = torch.cat([state.recent_decay.to(sums), call.decay], 1)
         since = decay[:, 1:].sum(1, keepdim=True)
         kept_decay, gone_decay = contend(state.kept_decay.to(sums) + call.decay, since)

@@ -389,8 +389,8 @@ def _check_retained(
         raise UnsupportedError(f"retained={retained}: packed sequences are not there; pad them and pass mask=.")
     if feature_map is not None and feature_map.positional:
         raise UnsupportedError(
-            f"retained={retained}: {type(feature_map).__name__} asks for positions, which are not kept with the retained "
-            "tokens; choose a map whose positional property is False."
+            f"retained={retained}: {type(feature_map).__name__} asks for positions, which tokens are kept without; "
+            "choose a map whose positional property is False."
         )
     limit = torch.finfo(torch.float32).max
     return scores.detach().float().nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
