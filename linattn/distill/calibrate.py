@@ -92,7 +92,7 @@ def _checked(batches: Iterable[Tensor], *, nearest: int) -> list[Tensor]:
             raise ShapeError(f"batches: got shape {tuple(batch.shape)}, expected [B, T] with B ≥ 1.")
         if batch.shape[1] <= nearest:
             raise OptionError(
-                f"batches: sequences of {batch.shape[1]} tokens fit in window + retained + sinks = {nearest}, where the "
-                "far branch has no part; use longer ones."
+                f"batches: sequences of {batch.shape[1]} tokens fit in window + retained + sinks = {nearest}, where "
+                "the far branch has no part; use longer ones."
             )
     return steps

@@ -15,11 +15,10 @@ from linattn.attention import LONGEST_HALF_LIFE
 from linattn.convert import ConvertedAttention
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.errors import ConversionError
-from linattn.kernels import retain
 
 SHORTEST = 8.0
 """Tokens of the shortest half-life that a decay starts with."""
-WHOLE = {"window": 0, "sinks": 0}
+WHOLE: dict[str, Any] = {"window": 0, "sinks": 0}
 """Edges beyond which all is far."""
 
 
@@ -91,17 +90,8 @@ def exact(
 
 
 def expiry(module: ConvertedAttention, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """``[B, Hkv, T]`` first query to which each token is far, by the layer's scores; None if it retains no tokens.
-
-    Sinks never are: they take no part in the choice.
-    """
-    if not module.retained:
-        return None
-    scores = module.scores(k, v, options.get("rotation")).transpose(1, 2).clone()
-    scores[..., : module.sinks] = -torch.inf
-    ends = retain.expiry(scores, window=module.window, retained=module.retained)
-    ends[..., : module.sinks] = retain.FOREVER
-    return ends
+    """``[B, Hkv, T]`` first query to which each token is far, by the layer's scores; None if it retains no tokens."""
+    return module.expiries(module.scores(k, v, options.get("rotation"))) if module.retained else None
 
 
 def relative_error(out: Tensor, target: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from linattn.convert import ConvertedAttention
 from linattn.distill.engine import processes
 from linattn.distill.targets import SplitAttention
+from linattn.scores import TokenScore
 
 CHUNK = 128
 """Queries whose logits stand in memory at a time, where there is no kernel."""
@@ -45,7 +46,7 @@ class ScoreRegression:
         self.layers = {path: module for path, module in layers.items() if module.retained}
         self.rate, self.steps = rate, steps
         self.held: dict[str, Tensor] = {}
-        self._learners: dict[str, tuple[nn.Module, torch.optim.Adam]] = {}
+        self._learners: dict[str, tuple[TokenScore, torch.optim.Adam]] = {}
         for path, module in self.layers.items():
             assert module.score is not None
             wide = torch.promote_types(module.score.bias.dtype, torch.float32)
@@ -62,11 +63,14 @@ class ScoreRegression:
     @torch.no_grad()
     def prepare(self, path: str, k: Tensor, v: Tensor, share: Tensor) -> None:
         """Standardise a new score on the first batch, and let it learn from that; arguments as of a call."""
-        master, _ = self._learners[path]
+        (master, _), score = self._learners[path], self.layers[path].score
+        assert score is not None
         if not bool(master.mean.any()):
             x = master.inputs(k, v).flatten(0, 1)
-            master.mean.copy_(x.mean(0))
-            master.std.copy_(x.std(0).clamp_min(1e-3))
+            score.mean.copy_(x.mean(0))
+            score.std.copy_(x.std(0).clamp_min(1e-3))
+            master.mean.copy_(score.mean)  # as the layer rounds it
+            master.std.copy_(score.std)
             master.bias.copy_((share.mean((0, 1)) + FLOOR).log())
         for _ in range(PASSES):
             self(path, k, v, share)
@@ -78,23 +82,24 @@ class ScoreRegression:
             k, v, share: see :func:`attended`.
             part: of the highest rate.
         """
-        (master, adam), several = self._learners[path], processes().num_processes > 1
+        from accelerate.utils import reduce
+
+        (master, adam), score = self._learners[path], self.layers[path].score
+        assert score is not None
+        parameters, several = list(master.parameters()), processes().num_processes > 1
         adam.param_groups[0]["lr"] = self.rate * part
         k, v, share = (x.flatten(0, 1) for x in (k, v, share))
         for some in torch.randperm(len(k), device=k.device).chunk(self.steps):
             with torch.enable_grad():
-                poisson_loss(master(k[None, some], v[None, some])[0], share[some]).backward()
-            if several:
-                from accelerate.utils import reduce
-
-                for p in master.parameters():
-                    p.grad = reduce(p.grad, "mean")
-            nn.utils.clip_grad_norm_(master.parameters(), 1.0)
-            for p in master.parameters():
-                p.grad.nan_to_num_(0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
+                loss = poisson_loss(master(k[None, some], v[None, some])[0], share[some])
+                gradients = torch.autograd.grad(loss, parameters)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = reduce(gradient, "mean") if several else gradient
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            for p in parameters:
+                torch.nan_to_num_(p.grad, 0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
             adam.step()
-            adam.zero_grad()
-        self.layers[path].score.load_state_dict(master.state_dict())
+        score.load_state_dict(master.state_dict())
 
 
 def poisson_loss(scores: Tensor, share: Tensor) -> Tensor:
@@ -142,8 +147,8 @@ def attended(
 def _received(module: ConvertedAttention, q: Tensor, k: Tensor, mass: Tensor, softcap: float | None) -> Tensor:
     """``[B, T, Hkv]`` sums over the queries behind the window of the shares that keys get, means over the heads."""
     length, window, scale = q.shape[1], module.window, module.feature_map.scale
-    limited = module.native_window is not None and module.native_window < length
-    if q.is_cuda and softcap is None and not limited:
+    limit = min(module.native_window or length, length)
+    if q.is_cuda and softcap is None and limit == length:
         from linattn.kernels.triton.expiring import received_attention
 
         return received_attention(q, k, mass, scale=scale, after=window).transpose(1, 2)
@@ -153,9 +158,7 @@ def _received(module: ConvertedAttention, q: Tensor, k: Tensor, mass: Tensor, so
     for start in range(window, length, CHUNK):
         rows = slice(start, min(start + CHUNK, length))
         gap = at[rows, None] - at[: rows.stop - window]
-        seen = gap >= window
-        if limited:
-            seen &= gap < module.native_window
+        seen = (gap >= window) & (gap < limit)
         grouped = q[:, rows].to(mass.dtype).unflatten(2, (kv_heads, -1)) * scale
         logits = torch.einsum("btkgd,bskd->bkgts", grouped, keys[:, : gap.shape[1]])
         if softcap is not None:

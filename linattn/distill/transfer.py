@@ -233,9 +233,7 @@ def far_output(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, ends
     return out.to(v.dtype)
 
 
-def far_log_mass(
-    module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor, ends: Tensor | None = None
-) -> Tensor:
+def far_log_mass(module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor, ends: Tensor | None = None) -> Tensor:
     """Log mass of the far branch at the queries t ≥ R: ``[B, T', H]``, in float32 at least.
 
     The queries and keys of :func:`far_output` after one more token, a sink whose logit for each query is ``guess``.
