@@ -97,7 +97,7 @@ class ScoreRegression:
                 p.grad = reduce(gradient, "mean") if several else gradient
             nn.utils.clip_grad_norm_(parameters, 1.0)
             for p in parameters:
-                torch.nan_to_num_(p.grad, 0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
+                p.grad = p.grad.nan_to_num(0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
             adam.step()
         score.load_state_dict(master.state_dict())
 
