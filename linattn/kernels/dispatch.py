@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,17 @@ from linattn.state import AttentionState
 logger = logging.getLogger("linattn")
 
 
-def _triton(call: Call) -> tuple[Tensor, AttentionState | None]:
+def _triton_backend() -> Any:
     try:
         from linattn.kernels.triton import backend
     except ImportError as error:
         raise UnsupportedError(f"impl='triton': Triton cannot be imported ({error}); use impl='chunked'.") from error
-    return backend.attend(call)
+    return backend
+
+
+def _triton(call: Call) -> tuple[Tensor, AttentionState | None]:
+    found: tuple[Tensor, AttentionState | None] = _triton_backend().attend(call)
+    return found
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, AttentionState | None]]] = {
@@ -57,6 +63,8 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
         _announce(impl)
     run = IMPLEMENTATIONS[impl]
     if call.retained and impl != "reference":
+        if impl == "triton":
+            _triton_backend().check(call)
         run = functools.partial(_attend_retained, impl=impl)
     if call.autocast is None:
         return run(call)

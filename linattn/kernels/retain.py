@@ -424,7 +424,13 @@ def attend(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
 
 
 def _near(call: Call, q: Tensor, e: Entries, impl: str) -> Part:
-    return near_in_chunks(call, q, e)
+    if impl != "triton":
+        return near_in_chunks(call, q, e)
+    from linattn.kernels.triton.expiring import expiring_attention
+
+    ends = e.expiry.contiguous()
+    out, mass = expiring_attention(q, e.k, e.v, ends, scale=call.scale, softcap=call.softcap, start=e.start)
+    return out.float(), mass
 
 
 def _final_state(

@@ -136,11 +136,16 @@ def _positional(call: Call) -> bool:
     return call.feature_map is not None and call.feature_map.positional
 
 
-def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
-    """Attention of a checked call that :func:`refusal` does not refuse."""
+def check(call: Call) -> None:
+    """Raise where :func:`refusal` has a reason."""
     reason = refusal(call)
     if reason is not None:
         raise UnsupportedError(f"impl='triton': {reason}; impl='chunked' runs every call.")
+
+
+def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
+    """Attention of a checked call that :func:`refusal` does not refuse."""
+    check(call)
     if torch.compiler.is_compiling() or not call.q.is_cuda or call.q.get_device() == torch.cuda.current_device():
         return _attend(call)
     with torch.cuda.device_of(call.q):  # kernels start on the current device
