@@ -94,10 +94,9 @@ class ScoreRegression:
                 loss = poisson_loss(master(k[None, some], v[None, some])[0], share[some])
                 gradients = torch.autograd.grad(loss, parameters)
             for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = reduce(gradient, "mean") if several else gradient
+                gradient = reduce(gradient, "mean") if several else gradient
+                p.grad = gradient.nan_to_num(0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            for p in parameters:
-                p.grad = p.grad.nan_to_num(0.0, 0.0, 0.0)  # a batch that is not finite teaches nothing
             adam.step()
         score.load_state_dict(master.state_dict())
 
@@ -148,10 +147,10 @@ def _received(module: ConvertedAttention, q: Tensor, k: Tensor, mass: Tensor, so
     """``[B, T, Hkv]`` sums over the queries behind the window of the shares that keys get, means over the heads."""
     length, window, scale = q.shape[1], module.window, module.feature_map.scale
     limit = min(module.native_window or length, length)
-    if q.is_cuda and softcap is None and limit == length:
+    if q.is_cuda and limit == length:
         from linattn.kernels.triton.expiring import received_attention
 
-        return received_attention(q, k, mass, scale=scale, after=window).transpose(1, 2)
+        return received_attention(q, k, mass, scale=scale, after=window, softcap=softcap).transpose(1, 2)
     kv_heads, at = k.shape[2], torch.arange(length, device=q.device)
     sums = k.new_zeros(k.shape[:3], dtype=mass.dtype)
     keys = k.to(mass.dtype)

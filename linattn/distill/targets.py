@@ -163,7 +163,7 @@ def _by_difference(
             from linattn.kernels.triton.expiring import expiring_attention
 
             part, log_part = expiring_attention(q, k, v, expiry, scale=scale, far=True)
-            far, log_far = part.to(out.dtype), log_part.masked_fill(log_part <= EMPTY_LOG_SCALE, -torch.inf)
+            far, log_far = part.to(out.dtype), log_part.masked_fill(log_part <= EMPTY_LOG_SCALE / 2, -torch.inf)
         rest = -torch.expm1((log_far - log_sum).clamp_max(0.0))  # the near share
         rest = rest.clamp_min(torch.finfo(q.dtype).eps ** 2)
         log_near = log_sum + rest.log()

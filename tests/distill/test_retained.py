@@ -21,6 +21,8 @@ from linattn.convert.plan import LayerPlan
 from linattn.convert.rotary import Rotation
 from linattn.distill import Logits, Transfer, Windows, calibrate, distill, select_layers, split_attention, train
 from linattn.distill import logits as logits_module
+from linattn.distill import scores as scores_module
+from linattn.distill import targets as targets_module
 from linattn.distill import transfer as transfer_module
 from linattn.distill.engine import Batch
 from linattn.distill.layers import expiry, trainable_layers
@@ -149,6 +151,25 @@ def test_the_split_at_the_expiry_equals_a_dense_computation(case, chunk):
             with_sink = torch.logaddexp(mass, options["sink_logits"].double())
             out, mass = out * (mass - with_sink).exp()[..., None], with_sink
         torch.testing.assert_close(got, (out, mass), rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_split_and_tell_the_attention_that_keys_get_alike():
+    """What a GPU computes with; without one, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    from linattn.kernels.triton.expiring import received_attention
+
+    module, tensors = layer("hedgehog", None), inputs()
+    ends = expiry(module, *tensors[1:], {})
+    want = split_attention(*tensors, window=WINDOW, sinks=SINKS, scale=0.4, expiry=ends)
+    mass = torch.logaddexp(want.log_near, want.log_far)
+    keys_get = scores_module._received(module, *tensors[:2], mass, None)
+    gpu = torch.cuda.is_available()
+    device, dtype, bound = ("cuda", torch.float16, 1e-2) if gpu else ("cpu", torch.float32, 1e-4)
+    q, k, v = (x.to(device, dtype) for x in tensors)
+    split = targets_module._by_difference(q, k, v, FIRST, SINKS, 0.4, ends.to(device))
+    got = received_attention(q, k, mass.to(device), scale=0.4, after=WINDOW).transpose(1, 2)
+    for a, b in zip((*split, got), (*want, keys_get), strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
