@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
     k_far: Tensor  # [T, Hkv, D']
     decay: Tensor  # [T, Hkv]
     positions: Tensor  # [T]
-    clock: Tensor  # [T, Hkv], the running sum of decay
+    clock: Tensor  # [T, Hkv], the running sum of decay, zero at the last token before the new ones
     scores: Tensor | None = None  # [T, Hkv], −∞ in empty slots
 
 
@@ -113,6 +113,7 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     old_far_k = old.recent_k if old.recent_far_k is None else old.recent_far_k
     sink_far_k = far_k.new_zeros(kept_sinks, *far_k.shape[2:])  # sinks are never far
     decay = torch.cat([new_decay.new_zeros(kept_sinks, call.k.shape[2]), old_decay, new_decay])
+    clock = decay.cumsum(0)
     t = Tokens(
         k=torch.cat([old.sink_k[0, :kept_sinks], old.recent_k[0, first:], call.k[row, keys]]),
         v=torch.cat([old.sink_v[0, :kept_sinks], old.recent_v[0, first:], call.v[row, keys]]),
@@ -121,7 +122,7 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
         positions=torch.cat(
             [torch.arange(kept_sinks, device=device), torch.arange(folded, past + len(keys), device=device)]
         ),
-        clock=decay.cumsum(0),
+        clock=clock - clock[: len(clock) - len(keys)][-1:].sum(0),
     )
     if call.retained:
         t = _with_kept(call, t, old, row, keys)
@@ -151,7 +152,6 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     if call.far_bias is not None:
         log_q = log_q + call.far_bias.to(sums)
     total = t.clock
-    since_old = (total - total[: len(t.positions) - len(keys)][-1:].sum(0)) if len(t.positions) else total
     total_q = total[len(t.positions) - len(keys) :] if call.causal else total.new_zeros(len(queries), total.shape[1])
 
     logits = torch.einsum("qhd,khd->hqk", q, heads(t.k.to(sums))) * call.scale
@@ -166,8 +166,7 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     if call.causal:
         log_far = log_far + heads(total_q).T[:, :, None] - heads(total).T[:, None, :]
     log_far = log_far.masked_fill(~far, -torch.inf)
-    memory_decay = since_old[len(t.positions) - len(keys) :] if call.causal else total_q
-    log_memory = log_q.T + heads(old.log_scale.to(sums) + memory_decay).T  # [H, Tq]
+    log_memory = log_q.T + heads(old.log_scale.to(sums) + total_q).T  # [H, Tq]
 
     kernel = torch.einsum("qhf,khf->hqk", phi_q, heads(phi_k))
     old_kv, old_k = (x[0].to(sums).repeat_interleave(groups, 0) for x in (old.kv, old.k))
@@ -188,17 +187,15 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     if call.sink_logits is not None:
         den = den + (call.sink_logits.to(sums)[:, None] - shift[:, :, 0]).exp().T
     out = num / safe_denominator(den)[..., None]
-    return out, _fold(call, old, t, phi_k, log_k, since_old, past + len(keys))
+    return out, _fold(call, old, t, phi_k, log_k, past + len(keys))
 
 
 def _with_kept(call: Call, t: Tokens, old: Any, row: int, keys: Tensor) -> Tokens:
     """Tokens with scores, and the state's slots before the others, all at the position before the ring."""
     assert call.scores is not None
     kept_far = old.kept_k if old.kept_far_k is None else old.kept_far_k
-    new = len(keys)
-    origin = t.clock[: len(t.clock) - new][-1:].sum(0)
     zeros = t.decay.new_zeros(call.retained, t.decay.shape[1])
-    kept_clock = origin + zeros if old.kept_decay is None else origin - old.kept_decay[0].to(zeros.dtype)
+    kept_clock = zeros if old.kept_decay is None else -old.kept_decay[0].to(zeros.dtype)
     length, folded = int(old.length), int(old.folded)
     slots = call.retained if folded > call.sinks else 0
     known = torch.cat([old.recent_score[0, old.recent_score.shape[1] - (length - folded) :], call.scores[row, keys]])
@@ -224,9 +221,7 @@ def _best(scores: Tensor, among: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _fold(
-    call: Call, old: AttentionState, t: Tokens, phi_k: Tensor, log_k: Tensor, since_old: Tensor, length: int
-) -> AttentionState:
+def _fold(call: Call, old: AttentionState, t: Tokens, phi_k: Tensor, log_k: Tensor, length: int) -> AttentionState:
     """The state after ``length`` tokens: everything that left the ring summed, in one go."""
     new = _empty_state(call, 1)
     ring, sinks = call.ring, call.sinks
@@ -237,10 +232,8 @@ def _fold(
         there = (gone & t.scores.isfinite()).T
         best = _best(t.scores, there, call.retained)
         gone = (there & ~best).T
-    end = since_old[-1:] if len(since_old) else since_old.new_zeros(1, call.k.shape[2])
-    total = t.clock
-    last = total[-1:] if len(total) else end
-    log_w = (log_k + last - total).masked_fill(~gone, -torch.inf)  # [Tk, Hkv]
+    end = t.clock[-1:] if length > int(old.length) else t.clock.new_zeros(1, call.k.shape[2])
+    log_w = (log_k + end - t.clock).masked_fill(~gone, -torch.inf)  # [Tk, Hkv]
     log_old = old.log_scale.to(call.sums) + end  # [1, Hkv]
     shift = torch.cat([log_w, log_old]).amax(0).detach()  # [Hkv]
     w = (log_w - shift).exp()
@@ -270,7 +263,7 @@ def _fold(
     if t.scores is not None:
         kept = {"kept_k": slots(t.k), "kept_v": slots(t.v), "kept_score": slots(t.scores, -torch.inf)}
         kept["kept_far_k"] = None if call.k_far is None else slots(t.k_far)
-        kept["kept_decay"] = None if call.decay is None else slots(last - total)
+        kept["kept_decay"] = None if call.decay is None else slots(end - t.clock)
         kept["recent_score"] = last_tokens(t.scores)
     return AttentionState(
         kv=kv,
