@@ -370,10 +370,10 @@ def _with_far(call: Call, near: Part, phi_k: Tensor, log_k: Tensor | None, e: En
             chunk_size=None,
         ),
         impl,
-    )[0]
-    # What is not there yet leaves the near part alone: of its share, what lacks to one is counted.
-    shares = e.by_token(torch.cat([found[..., :size], found[..., size + 1 : size + 2] - 1], -1).to(sums), lag, count)
-    return shares[..., :size] + (shares[..., size:] + 1) * near_out
+    )[0].to(sums)
+    # Queries before the first that sees anything far get zeros: the near share is told by what it lacks to one.
+    found = e.by_token(torch.cat([found[..., :size], found[..., size + 1 : size + 2] - 1], -1), lag, count)
+    return found[..., :size] + (found[..., size:] + 1) * near_out
 
 
 def _in_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
