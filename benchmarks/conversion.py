@@ -100,10 +100,10 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
     stages = [stage | SMOKE for stage in config["stages"]]
     student = dict(config["student"])
     for name, least in (("window", 6), ("retained", 0)):
-        if isinstance(each := student.get(name, least), list):
-            student[name] = [least if x == min(each) else least + 6 for x in each[:SMOKE_LAYERS]]
-        elif name in student:
-            student[name] = least
+        if isinstance(sizes := student.get(name), list):
+            student[name] = [least if each == min(sizes) else least + 6 for each in sizes[:SMOKE_LAYERS]]
+        elif sizes is not None:
+            student[name] = 6
     changes = {"student": student, "stages": stages}
     keep = config.get("keep", [])
     few = {"count": keep, "windows": 1, "length": 32}
