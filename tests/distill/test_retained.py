@@ -6,11 +6,16 @@ import copy
 import dataclasses
 import heapq
 import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -30,6 +35,7 @@ from linattn.distill.scores import attended, explained, poisson_loss
 from linattn.distill.transfer import LayerErrors, far_log_mass, far_output
 from linattn.errors import OptionError
 
+HERE = [str(Path(__file__).parent), str(Path(linattn.__file__).parents[1])]
 LENGTH, WINDOW, SINKS, RETAINED = 31, 5, 2, 6
 FAR = {"window": WINDOW, "sinks": SINKS}
 KEEPS = FAR | {"retained": RETAINED}
@@ -339,6 +345,31 @@ def test_a_stopped_run_goes_on_to_the_same_model(llama, tokens_file, tmp_path, m
             ids = torch.randint(3, 61, (2, 40))
             with torch.no_grad():
                 assert torch.equal(model.eval()(ids).logits, whole.eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_same_scores(tokens_file, tmp_path):
+    code = f"""
+        import sys
+        sys.path[:0] = {HERE!r}
+        from conftest import SIZES
+        from linattn.distill.engine import processes
+        from safetensors.torch import save_file
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from test_retained import *
+        rank = processes().process_index
+        model = student(LlamaForCausalLM(LlamaConfig(**SIZES)), seed=rank)
+        stage = Transfer(steps=4, learning_rate=1e-2, length=40)
+        distill(model, None, [stage], out={str(tmp_path / "out")!r}, data={str(tokens_file)!r}, progress=False)
+        save_file(scores_of(model), f"{tmp_path}/{{rank}}.scores")
+    """
+    (tmp_path / "two.py").write_text(textwrap.dedent(code))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*run, str(tmp_path / "two.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"{rank}.scores") for rank in range(2))
+    assert first
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
 
 
 @pytest.mark.parametrize("train", [("maps",), ("attention",), ("all",), ("lora",)])
