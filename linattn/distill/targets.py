@@ -78,7 +78,7 @@ def split_attention(
         native_window: the layer's own sliding window: tokens beyond it have no part, sinks of a converted layer
             included, unless they lie within.
         expiry: ``[B, Hkv, T]`` the first query to which each key is far, later than the window's end for retained
-            tokens and never for sinks, see :func:`linattn.kernels.retain.expiry`; None where nothing is retained.
+            tokens and never for sinks (:meth:`ConvertedAttention.expiries`); None where nothing is retained.
         chunk: queries at a time; memory is then O(B · H · T · chunk). None for the fused attention, unless there is a
             softcap, a sink logit or a window of the layer's own, V ≠ D, float32 on a GPU, or an ``expiry`` elsewhere.
             Work is O(T²).
