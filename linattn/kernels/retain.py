@@ -429,8 +429,7 @@ def _near(call: Call, q: Tensor, e: Entries, impl: str) -> Part:
     from linattn.kernels.triton.expiring import expiring_attention
 
     ends = e.expiry.contiguous()
-    out, mass = expiring_attention(q, e.k, e.v, ends, scale=call.scale, softcap=call.softcap, start=e.start)
-    return out.float(), mass
+    return expiring_attention(q, e.k, e.v, ends, scale=call.scale, softcap=call.softcap, start=e.start)
 
 
 def _final_state(

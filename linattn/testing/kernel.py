@@ -285,7 +285,7 @@ def cases_of_sink_queries() -> Iterator[Case]:
 
 def cases_of_retained() -> Iterator[Case]:
     """Calls with retained tokens."""
-    for decay in ("none", "constant", "token"):
+    for decay in ("none", "token"):
         yield Case(**HYBRID, retained=6, length=30, decay=decay)
     yield Case(retained=4, decay="token", strength=2.0)
     yield Case(window=3, sinks=1, retained=4, far=False)
@@ -293,9 +293,8 @@ def cases_of_retained() -> Iterator[Case]:
     yield Case(**{**HYBRID, **EXTRAS[-1], "decay": "strong"}, sink_queries=True, retained=5, strength=2.0)
     yield Case(**HYBRID, **DIMS[1], retained=3)
     yield Case(**HYBRID, batch=1, length=65, retained=17, chunk_size=16, strength=2.0)
-    for mask in ("left", "empty"):
-        yield Case(**HYBRID, batch=3, retained=4, mask=mask, decay="token", strength=2.0)
-    for length in (1, 2, 17):
+    yield Case(**HYBRID, batch=3, retained=4, mask="empty", decay="constant", strength=2.0)
+    for length in (1, 17):
         yield Case(**HYBRID, length=length, past=17, retained=4, decay="token", strength=2.0)
     yield Case(window=3, sinks=1, batch=3, past=8, retained=4, mask="scattered", decay="token", lookback=2)
 

@@ -207,7 +207,8 @@ def _run(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    wide = q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    return wide, wide.new_empty(q.shape[:3])
 
 
 def _run_backward(
@@ -215,7 +216,7 @@ def _run_backward(
     scale: float, softcap: float, far: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, ends, start, lse, dout = (x.contiguous() for x in (q, k, v, ends, start, lse, dout))
-    delta = ((out.float() * dout.float()).sum(-1) - dlse.float()).contiguous()
+    delta = ((out * dout).sum(-1) - dlse).contiguous()
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     sizes = _sizes(q, k, softcap) | {"V": v.shape[3], "BV": block(v.shape[3]), "FAR": far}
     (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]
@@ -310,8 +311,8 @@ def expiring_attention(
         start: ``[B]`` int64, the key that stands where the first query does; default 0, with L = T.
 
     Returns:
-        ``[B, T, H, V]`` in the dtype of q and ``[B, T, H]`` float32, differentiable by q, k and v; 0 and −1e30 for a
-        query without keys.
+        ``[B, T, H, V]`` and ``[B, T, H]`` in float32, differentiable by q, k and v; 0 and −1e30 for a query without
+        keys.
     """
     _check(q)
     if start is None:
