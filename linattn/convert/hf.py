@@ -380,9 +380,7 @@ def _with_far_keys(
         return state
     # As many as leave the window may take the place of the worst retained tokens.
     count = min(leaving, state.retained)
-    worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[
-        :, state.retained - count :
-    ]  # [N, count, Hkv]
+    worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[:, -count:]  # [N, count, Hkv]
     entries = worst[..., None].expand(-1, -1, -1, state.kept_k.shape[-1])
     keys, at = state.kept_k.gather(1, entries), at.to(worst.device).gather(1, worst)
     keys = rotation.undo_at(keys.flatten(1, 2)[:, :, None], at.flatten(1, 2)).view_as(keys)
