@@ -36,6 +36,8 @@ EMPTY = EMPTY_LOG_SCALE
 """Log mass of no keys at all."""
 GROUP_TOKENS = 2048
 """Queries whose keys are gathered at once."""
+COLUMNS = 16
+"""Columns beside those of the values in the far part on Triton: two are read, and rows of whole 16s load fast."""
 DIGIT = 4
 """Bits of a place that :func:`expiry` settles at a time."""
 
@@ -298,7 +300,7 @@ def _with_far(call: Call, near: Part, phi_k: Tensor, log_k: Tensor | None, e: En
     near_out, log_near = near
     (rows, count), size, h = near_out.shape[:2], call.v.shape[-1], e.k.shape[2]
     dtype = call.v.dtype if impl == "triton" else sums
-    width = size + (16 if impl == "triton" else 2)  # rows of whole 16s load fast
+    width = size + (COLUMNS if impl == "triton" else 2)
 
     q_far = e.by_slot(e.fresh.place(call.q if call.q_far is None else call.q_far), lag)
     phi_q, log_q = features_of(call, "queries", q_far, e.order)

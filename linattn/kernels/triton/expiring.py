@@ -26,17 +26,21 @@ from linattn.kernels.triton.window import LN_2, attend_block, cap
 
 
 @triton.jit
-def rows_of(base, rows, valid, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at ``rows [C]``, zeros where not ``valid [C]``."""
+def rows_of(base, first, valid, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """``[C, BLOCK]`` of ``WIDTH`` contiguous columns at the C rows from ``first``, zeros where not ``valid [C]``."""
     columns = tl.arange(0, BLOCK)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]
+    pointers = base + (tl.full([], 0, tl.int64) + first) * stride + offsets
+    if BLOCK <= WIDTH:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
     return tl.load(pointers, mask=valid[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def save_rows(base, rows, valid, stride, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def save_rows(base, first, valid, stride, x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    offsets = tl.arange(0, valid.shape[0])[:, None] * stride + columns[None, :]
+    pointers = base + (tl.full([], 0, tl.int64) + first) * stride + offsets
     tl.store(pointers, x.to(base.dtype.element_ty), mask=valid[:, None] & (columns < WIDTH)[None, :])
 
 
@@ -64,15 +68,15 @@ def forward(
     own = rows < queries
     start = tl.load(p_start + b).to(tl.int32)
     t = start + rows
-    b_q = rows_of(p_q + (b * queries * H + h) * D, rows, own, H * D, D, BD).to(OT)
+    b_q = rows_of(p_q + (b * queries * H + h) * D, first, own, H * D, D, BD).to(OT)
     acc = tl.zeros([C, BV], tl.float32)
     den = tl.zeros([C], tl.float32)
     top = tl.full([C], EMPTY, tl.float32)
     for j in range(0, tl.minimum(keys, start + first + C), N):
         at = j + tl.arange(0, N)
         there = at < keys
-        b_k = rows_of(p_k + (b * keys * K + g) * D, at, there, K * D, D, BD)
-        b_v = rows_of(p_v + (b * keys * K + g) * V, at, there, K * V, V, BV)
+        b_k = rows_of(p_k + (b * keys * K + g) * D, j, there, K * D, D, BD)
+        b_v = rows_of(p_v + (b * keys * K + g) * V, j, there, K * V, V, BV)
         ends = tl.load(p_ends + (b * K + g) * keys + at, mask=there, other=-1)
         seen = meet(t[:, None], at[None, :], ends[None, :], FAR)
         acc, den, top = attend_block(acc, den, top, b_q, b_k, b_v, seen, scale, softcap, SOFTCAP, OT, PRECISION)
@@ -80,7 +84,7 @@ def forward(
     den = tl.where(some, den, 1.0)
     lse = tl.where(some, (top + tl.log2(den)) * LN_2, EMPTY)
     tl.store(p_lse + (b * queries + rows) * H + h, lse, mask=own)
-    save_rows(p_out + (b * queries * H + h) * V, rows, own, H * V, acc / den[:, None], V, BV)
+    save_rows(p_out + (b * queries * H + h) * V, first, own, H * V, acc / den[:, None], V, BV)
 
 
 @triton.jit
@@ -98,23 +102,23 @@ def backward_q(
     own = rows < queries
     start = tl.load(p_start + b).to(tl.int32)
     t = start + rows
-    b_q = rows_of(p_q + (b * queries * H + h) * D, rows, own, H * D, D, BD).to(OT)
-    b_do = rows_of(p_dout + (b * queries * H + h) * V, rows, own, H * V, V, BV).to(OT)
+    b_q = rows_of(p_q + (b * queries * H + h) * D, first, own, H * D, D, BD).to(OT)
+    b_do = rows_of(p_dout + (b * queries * H + h) * V, first, own, H * V, V, BV).to(OT)
     lse = tl.load(p_lse + (b * queries + rows) * H + h, mask=own, other=0.0) * LOG2_E
     delta = tl.load(p_delta + (b * queries + rows) * H + h, mask=own, other=0.0)
     acc = tl.zeros([C, BD], tl.float32)
     for j in range(0, tl.minimum(keys, start + first + C), N):
         at = j + tl.arange(0, N)
         there = at < keys
-        b_k = rows_of(p_k + (b * keys * K + g) * D, at, there, K * D, D, BD).to(OT)
-        b_v = rows_of(p_v + (b * keys * K + g) * V, at, there, K * V, V, BV).to(OT)
+        b_k = rows_of(p_k + (b * keys * K + g) * D, j, there, K * D, D, BD).to(OT)
+        b_v = rows_of(p_v + (b * keys * K + g) * V, j, there, K * V, V, BV).to(OT)
         ends = tl.load(p_ends + (b * K + g) * keys + at, mask=there, other=-1)
         seen = meet(t[:, None], at[None, :], ends[None, :], FAR)
         s, slope = cap(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP)
         p = exp2(tl.where(seen, s - lse[:, None], EMPTY))
         ds = p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - delta[:, None]) * slope
         acc = tl.dot(ds.to(OT), b_k, acc, input_precision=PRECISION)
-    save_rows(p_dq + (b * queries * H + h) * D, rows, own, H * D, acc * scale, D, BD)
+    save_rows(p_dq + (b * queries * H + h) * D, first, own, H * D, acc * scale, D, BD)
 
 
 @triton.jit
@@ -129,8 +133,8 @@ def backward_kv(
     at = tl.program_id(0) * N + tl.arange(0, N)
     own = at < keys
     start = tl.load(p_start + b).to(tl.int32)
-    b_k = rows_of(p_k + (b * keys * K + g) * D, at, own, K * D, D, BD).to(OT)
-    b_v = rows_of(p_v + (b * keys * K + g) * V, at, own, K * V, V, BV).to(OT)
+    b_k = rows_of(p_k + (b * keys * K + g) * D, tl.program_id(0) * N, own, K * D, D, BD).to(OT)
+    b_v = rows_of(p_v + (b * keys * K + g) * V, tl.program_id(0) * N, own, K * V, V, BV).to(OT)
     ends = tl.load(p_ends + (b * K + g) * keys + at, mask=own, other=-1)
     dk = tl.zeros([N, BD], tl.float32)
     dv = tl.zeros([N, BV], tl.float32)
@@ -142,8 +146,8 @@ def backward_kv(
         for first in range(begin, stop, C):
             rows = first + tl.arange(0, C)
             there = rows < queries
-            b_q = rows_of(p_q + (b * queries * H + h) * D, rows, there, H * D, D, BD).to(OT)
-            b_do = rows_of(p_dout + (b * queries * H + h) * V, rows, there, H * V, V, BV).to(OT)
+            b_q = rows_of(p_q + (b * queries * H + h) * D, first, there, H * D, D, BD).to(OT)
+            b_do = rows_of(p_dout + (b * queries * H + h) * V, first, there, H * V, V, BV).to(OT)
             lse = tl.load(p_lse + (b * queries + rows) * H + h, mask=there, other=0.0) * LOG2_E
             delta = tl.load(p_delta + (b * queries + rows) * H + h, mask=there, other=0.0)
             seen = meet((start + rows)[None, :], at[:, None], ends[:, None], FAR) & there[None, :]
@@ -152,8 +156,8 @@ def backward_kv(
             dv = tl.dot(p.to(OT), b_do, dv, input_precision=PRECISION)
             ds = p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - delta[None, :]) * slope
             dk = tl.dot(ds.to(OT), b_q, dk, input_precision=PRECISION)
-    save_rows(p_dk + (b * keys * K + g) * D, at, own, K * D, dk * scale, D, BD)
-    save_rows(p_dv + (b * keys * K + g) * V, at, own, K * V, dv, V, BV)
+    save_rows(p_dk + (b * keys * K + g) * D, tl.program_id(0) * N, own, K * D, dk * scale, D, BD)
+    save_rows(p_dv + (b * keys * K + g) * V, tl.program_id(0) * N, own, K * V, dv, V, BV)
 
 
 @triton.jit
@@ -166,14 +170,14 @@ def received(
     b, g = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
     at = tl.program_id(0) * N + tl.arange(0, N)
     own = at < length
-    b_k = rows_of(p_k + (b * length * K + g) * D, at, own, K * D, D, BD).to(OT)
+    b_k = rows_of(p_k + (b * length * K + g) * D, tl.program_id(0) * N, own, K * D, D, BD).to(OT)
     total = tl.zeros([N], tl.float32)
     for i in range(H // K):
         h = g * (H // K) + i
         for first in range((tl.program_id(0) * N + after) // C * C, length, C):
             rows = first + tl.arange(0, C)
             there = rows < length
-            b_q = rows_of(p_q + (b * length * H + h) * D, rows, there, H * D, D, BD).to(OT)
+            b_q = rows_of(p_q + (b * length * H + h) * D, first, there, H * D, D, BD).to(OT)
             lse = tl.load(p_lse + (b * length + rows) * H + h, mask=there, other=0.0) * LOG2_E
             seen = (rows[None, :] - at[:, None] >= after) & there[None, :]
             s, _ = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
@@ -185,8 +189,9 @@ def received(
 
 
 def _sizes(q: Tensor, k: Tensor, softcap: float) -> dict[str, Any]:
-    tile = 16 if INTERPRETED and q.shape[1] <= 64 else 64
     found = precision(q.dtype, torch.backends.cuda.matmul.allow_tf32)
+    tile = 64 if q.dtype == torch.bfloat16 or found["PRECISION"] == "tf32" else 32  # else registers run out
+    tile = 16 if INTERPRETED and q.shape[1] <= 64 else tile
     return found | {
         "H": q.shape[2], "K": k.shape[2], "D": q.shape[3], "BD": block(q.shape[3]), "C": tile, "N": tile,
         "SOFTCAP": bool(softcap), "num_warps": 4, "num_stages": 2,
@@ -215,8 +220,10 @@ def _run_backward(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, start: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
     scale: float, softcap: float, far: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, ends, start, lse, dout = (x.contiguous() for x in (q, k, v, ends, start, lse, dout))
     delta = ((out * dout).sum(-1) - dlse).contiguous()
+    if q.dtype == torch.bfloat16:
+        dout = dout.to(q.dtype)  # as the products take it, read once for every block of keys
+    q, k, v, ends, start, lse, dout = (x.contiguous() for x in (q, k, v, ends, start, lse, dout))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     sizes = _sizes(q, k, softcap) | {"V": v.shape[3], "BV": block(v.shape[3]), "FAR": far}
     (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]

@@ -105,7 +105,7 @@ def test_opcheck() -> None:
     )
 
 
-def test_float64_is_refused() -> None:
+def test_what_the_kernels_cannot_do_is_refused() -> None:
     tensors, expiry, start = drawn(5, 5)
     wide = {n: t.double() for n, t in tensors.items()}
     with pytest.raises(UnsupportedError, match="got float64"):
@@ -114,6 +114,11 @@ def test_float64_is_refused() -> None:
         kernel_attention(
             **wide, feature_map=None, far=False, retained=2, scores=torch.zeros(2, 5, 2, device=DEVICE), impl="triton"
         )
+    x = torch.zeros(1, 5, 1, 256, device=DEVICE)
+    options: dict[str, Any] = {"retained": 2, "scores": x[..., 0], "impl": "triton"}
+    with pytest.raises(UnsupportedError, match="with retained tokens, value_dim 256 is more than 240"):
+        kernel_attention(x, x, x, feature_map=make("elu", 256), **options)
+    assert kernel_attention(x, x, x, feature_map=None, far=False, **options).out.shape == x.shape
 
 
 def test_pieces_equal_the_whole() -> None:
