@@ -5,8 +5,9 @@
     python benchmarks/conversion.py --smoke
 
 All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
-softmax ("hybrid") and with none ("pure"), both beside a window of equal bytes trained as they were, and the bytes of
-the latter as windows layer by layer with nothing far ("windows alone"); the recipe with windows of 128 in all layers
+softmax ("hybrid"), with none ("pure") and with retained tokens in place of the latter's wide windows ("retained"), all
+beside a window of equal bytes trained as they were, and the bytes of "pure" as windows layer by layer with nothing far
+("windows alone"); the recipe with windows of 128 in all layers
 and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
 rotary embedding in the far branch, and with weighted features; and LoLCATs (arXiv:2410.10254), with cross-entropy as
 published, and with KL.
@@ -44,8 +45,14 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import convert_smollm2 as recipe
 
 CONFIGS = ROOT / "recipes" / "configs"
-RECIPES = {"hybrid": "default", "pure": "pure", "windows alone": "windows", "LoLCATs, cross-entropy": "lolcats"}
-"""Configs of recipes/configs by the variant's name; the first two have a trained control each."""
+RECIPES = {
+    "hybrid": "default",
+    "pure": "pure",
+    "retained": "retained",
+    "windows alone": "windows",
+    "LoLCATs, cross-entropy": "lolcats",
+}
+"""Configs of recipes/configs by the variant's name; the first three have a trained control each."""
 BASE = "window 128"
 RECORD = "conversion.json"
 SMOKE_VOCABULARY, SMOKE_LAYERS = 64, 9
@@ -91,9 +98,13 @@ def shortened(config: dict[str, Any], part: float) -> dict[str, Any]:
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """The config in the sizes of the smoke test."""
     stages = [stage | SMOKE for stage in config["stages"]]
-    windows = config["student"]["window"]
-    window = [6 if each == min(windows) else 12 for each in windows[:SMOKE_LAYERS]] if isinstance(windows, list) else 6
-    changes = {"student": config["student"] | {"window": window}, "stages": stages}
+    student = dict(config["student"])
+    for name, least in (("window", 6), ("retained", 0)):
+        if isinstance(sizes := student.get(name), list):
+            student[name] = [least if each == min(sizes) else least + 6 for each in sizes[:SMOKE_LAYERS]]
+        elif sizes is not None:
+            student[name] = 6
+    changes = {"student": student, "stages": stages}
     keep = config.get("keep", [])
     few = {"count": keep, "windows": 1, "length": 32}
     changes["keep"] = [each for each in keep if each < SMOKE_LAYERS] if isinstance(keep, list) else few

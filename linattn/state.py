@@ -41,6 +41,12 @@ class AttentionState:
         recent_decay: ``[N, W, Hkv]`` float32 log-gates of the ring, or None without decay.
         sink_k: ``[N, S, Hkv, D]``. sink_v: ``[N, S, Hkv, V]``.
         window: tokens attended exactly.
+        kept_k, kept_v, kept_far_k: ``[N, M, Hkv, ·]`` the M retained tokens of each head among those that have left the
+            ring, older first, empty slots before them; their far keys where ``recent_far_k`` is. What is kept is not
+            folded. None, like all that follow, where no tokens are retained.
+        kept_score: ``[N, M, Hkv]`` float32 their scores, −∞ in an empty slot.
+        kept_decay: ``[N, M, Hkv]`` float32 log-gates summed over the tokens since each of them, or None without decay.
+        recent_score: ``[N, W, Hkv]`` float32 scores of the ring.
     """
 
     kv: Tensor
@@ -55,6 +61,12 @@ class AttentionState:
     recent_far_k: Tensor | None = None
     recent_decay: Tensor | None = None
     window: int = 0
+    kept_k: Tensor | None = None
+    kept_v: Tensor | None = None
+    kept_far_k: Tensor | None = None
+    kept_score: Tensor | None = None
+    kept_decay: Tensor | None = None
+    recent_score: Tensor | None = None
 
     @classmethod
     def empty(
@@ -70,12 +82,14 @@ class AttentionState:
         lookback: int = 0,
         far_head_dim: int | None = None,
         decay: bool = False,
+        retained: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> AttentionState:
         """A state that has seen nothing. ``far_head_dim``: size of separate far keys, None if they are the keys."""
-        if min(window, sinks, lookback) < 0:
-            raise OptionError(f"window={window}, sinks={sinks}, lookback={lookback}: none may be negative.")
+        if min(window, sinks, lookback, retained) < 0:
+            sizes = f"window={window}, sinks={sinks}, lookback={lookback}, retained={retained}"
+            raise OptionError(f"{sizes}: none may be negative.")
         value_dim = head_dim if value_dim is None else value_dim
         sums = torch.float64 if dtype == torch.float64 else torch.float32
         n, h, w = batch_size, num_kv_heads, window + lookback
@@ -83,6 +97,16 @@ class AttentionState:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        kept: dict[str, Tensor] = {}
+        if retained:
+            kept = {"kept_k": zeros(n, retained, h, head_dim, dtype=dtype)}
+            kept["kept_v"] = zeros(n, retained, h, value_dim, dtype=dtype)
+            kept["kept_score"] = torch.full((n, retained, h), -torch.inf, device=device)
+            kept["recent_score"] = zeros(n, w, h, dtype=torch.float32)
+            if far_head_dim is not None:
+                kept["kept_far_k"] = zeros(n, retained, h, far_head_dim, dtype=dtype)
+            if decay:
+                kept["kept_decay"] = zeros(n, retained, h, dtype=sums)
         return cls(
             kv=zeros(n, h, feature_dim, value_dim, dtype=sums),
             k=zeros(n, h, feature_dim, dtype=sums),
@@ -96,6 +120,7 @@ class AttentionState:
             recent_far_k=None if far_head_dim is None else zeros(n, w, h, far_head_dim, dtype=dtype),
             recent_decay=zeros(n, w, h, dtype=sums) if decay else None,
             window=window,
+            **kept,
         )
 
     @property
@@ -105,6 +130,11 @@ class AttentionState:
     @property
     def sinks(self) -> int:
         return self.sink_k.shape[1]
+
+    @property
+    def retained(self) -> int:
+        """Slots M for tokens behind the ring that are attended exactly."""
+        return 0 if self.kept_k is None else self.kept_k.shape[1]
 
     @property
     def lookback(self) -> int:
@@ -179,10 +209,13 @@ class AttentionState:
                 f"rollback({tokens}): the state keeps lookback={self.lookback} tokens un-folded; ask for a larger "
                 "lookback before the tokens arrive, or take a snapshot()."
             )
-        log_scale = self.log_scale
+        log_scale, kept_decay = self.log_scale, self.kept_decay
         if self.recent_decay is not None:
-            log_scale = log_scale - self.recent_decay[:, -tokens:].sum(1)
-        return dataclasses.replace(self._shift_ring(tokens, tokens), length=length, log_scale=log_scale)
+            undone = self.recent_decay[:, -tokens:].sum(1)
+            log_scale = log_scale - undone
+            kept_decay = None if kept_decay is None else kept_decay - undone[:, None]
+        back = self._shift_ring(tokens, tokens)
+        return dataclasses.replace(back, length=length, log_scale=log_scale, kept_decay=kept_decay)
 
     def _shift_ring(self, front: int, back: int) -> AttentionState:
         """Add ``front`` empty slots before the oldest token, drop the ``back`` newest."""

@@ -371,7 +371,7 @@ def _recall(
 def _reach(student: PreTrainedModel) -> int:
     """Tokens that the widest converted layer attends exactly."""
     plan = linattn.ConversionPlan.from_dict(student.config.linattn)
-    return max(layer.window + layer.sinks for layer in plan.converted)
+    return max(layer.window + layer.retained + layer.sinks for layer in plan.converted)
 
 
 def _mean(buckets: Sequence[Mapping[str, Any]]) -> float:

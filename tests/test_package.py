@@ -20,7 +20,7 @@ PACKAGE = Path(linattn.__file__).parent
 
 GROUND = {"errors", "state"}
 TENSORS = GROUND | {"kernels", "feature_maps"}
-MODELS = TENSORS | {"_heads", "_lazy", "_modes", "_version", "attention", "convert"}
+MODELS = TENSORS | {"_heads", "_lazy", "_modes", "_version", "attention", "convert", "scores"}
 MAY_IMPORT = {
     "_heads": set(),
     "_lazy": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "state": {"errors"},
     "kernels": GROUND,
     "feature_maps": GROUND | {"kernels"},
+    "scores": GROUND | {"kernels"},
     "attention": TENSORS,
     "diagnostics": TENSORS,
     "distributed": TENSORS,

@@ -13,7 +13,7 @@ from linattn.audit.perplexity import Perplexity, perplexity
 from linattn.audit.positions import Bucket, PositionLosses, by_position, mean_over, position_losses, token_losses
 
 if TYPE_CHECKING:
-    from linattn.audit.ablations import attention_off, far_off, near_off
+    from linattn.audit.ablations import attention_off, far_off, near_off, retained_off
     from linattn.audit.cached import CacheCheck, compare_cached
     from linattn.audit.counterfactual import counterfactual_kl, stacked_reach
     from linattn.audit.memory import (
@@ -56,6 +56,7 @@ _HOME = {
     "recall_by_distance": "recall",
     "report_plots": "render",
     "report_tables": "render",
+    "retained_off": "ablations",
     "save_report": "render",
     "stacked_reach": "counterfactual",
     "state_bytes": "memory",
@@ -100,6 +101,7 @@ __all__ = [
     "recall_by_distance",
     "report_plots",
     "report_tables",
+    "retained_off",
     "save_report",
     "stacked_reach",
     "state_bytes",

@@ -14,7 +14,7 @@ from linattn.feature_maps import SequenceMap
 
 
 def far_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Delete the far branch while the context lasts: sliding windows with sinks, with the same weights.
+    """Delete the far branch while the context lasts: what is attended exactly stays, with the same weights.
 
     As with all ablations here: only converted layers change, one kept softmax, within a window or not, stays as it is;
     on exit, also by an exception, every layer is as it was; caches do not carry over from one form to another;
@@ -28,13 +28,21 @@ def far_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def near_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Take window and sinks away while the context lasts: the far branch reads every token. See :func:`far_off`."""
-    return _switched(model, window=0, sinks=0)
+    """Take all that is attended exactly away while the context lasts: the far branch reads every token.
+
+    See :func:`far_off`.
+    """
+    return _switched(model, window=0, sinks=0, retained=0)
+
+
+def retained_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Retain no tokens while the context lasts: the far branch reads all behind the window. See :func:`far_off`."""
+    return _switched(model, retained=0)
 
 
 def attention_off(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Converted layers attend to nothing while the context lasts: their output is zero. See :func:`far_off`."""
-    return _switched(model, far=False, window=0, sinks=0)
+    return _switched(model, far=False, window=0, sinks=0, retained=0)
 
 
 def converted_layers(model: nn.Module) -> list[ConvertedAttention]:

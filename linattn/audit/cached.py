@@ -42,7 +42,7 @@ def compare_cached(model: PreTrainedModel, tokens: Tensor, *, chunks: Sequence[i
 
     Args:
         model: a causal model, converted or not.
-        tokens: ``[N, T]`` int64. Of a converted model T should exceed ``window + sinks``.
+        tokens: ``[N, T]`` int64. Of a converted model T should exceed ``window + retained + sinks``.
         chunks: sizes to read with.
 
     Raises:

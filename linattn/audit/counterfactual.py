@@ -15,7 +15,8 @@ from linattn.errors import OptionError, ShapeError
 def stacked_reach(student: nn.Module) -> int:
     """Tokens of intact text beyond which the stacked windows of a converted model see nothing: Σ (window − 1) + 1.
 
-    Layers kept softmax have no such limit, or a far wider one (``softmax_window``), and are not counted.
+    Layers kept softmax have no such limit, or a far wider one (``softmax_window``), nor have retained tokens; they are
+    not counted.
 
     Raises:
         ConversionError: ``student`` is not converted.
@@ -37,7 +38,7 @@ def counterfactual_kl(
 
     The tokens from ``sinks`` up to ``boundary`` are replaced by those of another document; all else stays. A model that
     does not use what is further back than its windows gives zero from some number of intact tokens on: exactly, if it
-    is a sliding window with sinks and these are :func:`stacked_reach` or more.
+    is a sliding window with sinks, and nothing else, and these are :func:`stacked_reach` or more.
 
     Args:
         model: a causal model, called as ``model(ids, use_cache=False).logits``.

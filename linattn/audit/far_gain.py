@@ -65,8 +65,8 @@ def far_gain(
     Args:
         teacher, student: causal models; see :func:`token_losses`.
         tokens: ``[N, T]`` int64, T > ``start``.
-        context: tokens of a truncated context, among them what the student attends exactly: ``window + sinks`` is a
-            natural choice.
+        context: tokens of a truncated context, among them what the student attends exactly: ``window + retained
+            + sinks`` is a natural choice.
         start: first position scored, ≥ ``context``.
         stride: see :func:`truncated_losses`; the same approximation for both models. Default ``context // 4``.
         progress: called after each of four measurements with (measurements done, 4).

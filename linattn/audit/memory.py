@@ -40,7 +40,7 @@ class StateBytes(NamedTuple):
 
     Attributes:
         linear: states of the converted layers and of those left softmax within a window (``softmax_window``), the same
-            at every length: rings are of full size from the first token on.
+            at every length: rings and pools of retained tokens are of full size from the first token on.
         softmax: keys and values of the other layers kept softmax; of those with a sliding window, up to it.
         length: tokens of the sequence.
     """
@@ -155,13 +155,14 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_
     """The conversion to sliding windows with sinks, and nothing else, that takes at most the student's bytes.
 
     All converted layers have the student's sinks and one window: the largest with which their states take together no
-    more bytes than the student's. The layers that the student keeps softmax are kept as they are, those bound to a
-    window with it, so that this holds for texts of any length. Given a ``length``, they become windows too, and their
-    keys and values of so many tokens, or their states, count among the bytes to spend. A layer with a sliding window of
-    its own gets no larger one than that.
+    more bytes than the student's, retained tokens and their scores included. The layers that the student keeps softmax
+    are kept as they are, those bound to a window with it, so that this holds for texts of any length. Given a
+    ``length``, they become windows too, and their keys and values of so many tokens, or their states, count among the
+    bytes to spend. A layer with a sliding window of its own gets no larger one than that.
 
     With ``by_layer`` each layer has a window of its own, that which takes its state's bytes: the control of a student
-    whose windows differ, which says what the far branches are worth where the other says what the whole layout is.
+    whose layers differ, or retain tokens, which says what far branches and retained tokens are worth where the other
+    says what the whole layout is.
 
     ``convert_model(teacher, plan=equal_bytes_plan(student))``, in the student's dtype, is the control: it trains, saves
     and loads like any converted model. :func:`equal_bytes_control` makes the untrained one for a while.
@@ -182,7 +183,7 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_
     for layer in plan.kept if length else ():
         if layer.supported and layer.native_window is None:
             pairs = 2 * layer.kv_heads * layer.head_dim * dtype.itemsize * (length or 0)
-            budget += _window_bytes(layer, layer.window, dtype) if layer.kind == "bound" else pairs
+            budget += _window_bytes(layer, layer.window, dtype, layer.retained) if layer.kind == "bound" else pairs
             if layer.kind == "keep":
                 layer.sinks, layer.sink_distance = sinks, distance
             layer.kind, layer.reason = "convert", ""
@@ -202,6 +203,7 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_
         window = largest(group, bytes_)
         for layer in group:
             layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
+            layer.retained = 0
             layer.window = window if layer.native_window is None else min(window, layer.native_window)
     return plan
 
@@ -254,13 +256,15 @@ def _layer_bytes(model: PreTrainedModel, layer: ConvertedAttention) -> int:
         head_dim=phi.head_dim,
         window=layer.window,
         sinks=layer.sinks,
+        retained=layer.retained,
         far_head_dim=phi.head_dim if layer.far and layer.keeps_far_keys else None,
         decay=layer.far and layer.decay is not None,
         dtype=_dtype(model, layer),
         device="meta",
     )
     turns_back = layer.far and not layer.far_rope and not layer.keeps_far_keys
-    return state.nbytes + (layer.window * POSITION.itemsize if turns_back else 0)
+    positions = layer.window + layer.retained * phi.num_kv_heads
+    return state.nbytes + (positions * POSITION.itemsize if turns_back else 0)
 
 
 def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
@@ -270,8 +274,9 @@ def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
-def _window_bytes(layer: LayerPlan, window: int, dtype: torch.dtype) -> int:
+def _window_bytes(layer: LayerPlan, window: int, dtype: torch.dtype, retained: int = 0) -> int:
     """Bytes of the state of a sliding window with the sinks of ``layer``."""
     sizes: dict[str, Any] = {"num_kv_heads": layer.kv_heads, "head_dim": layer.head_dim, "feature_dim": 0}
+    sizes["retained"] = retained
     state = AttentionState.empty(1, **sizes, window=window, sinks=layer.sinks, dtype=dtype, device="meta")
     return state.nbytes

@@ -207,8 +207,8 @@ def recall_by_distance(
         model: a causal model, converted or not.
         tasks: of :func:`text_tasks`, or your own in token ids.
         text: ``[T]`` token ids that fill the prompts; of another text than the facts.
-        distances: in tokens; see :func:`make_prompt`. Beyond ``window + sinks`` the fact is in the far branch, beyond
-            layers × window nowhere else.
+        distances: in tokens; see :func:`make_prompt`. Beyond ``window + sinks`` the fact is in the far branch or
+            retained, beyond layers × window nowhere else.
         prompts: of each task at each distance. The same seed gives all models the same ones.
         candidates: 0 to generate; ≥ 2 to rank so many answers by their log-likelihood.
         lead, prefix, seed: see :func:`make_prompt`. The statement should stand behind the sinks.

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from linattn.audit.sentences import mean_of
+from linattn.audit.sentences import PAIRS, mean_of
 from linattn.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -21,18 +21,11 @@ NAMES = {
     "student": "this model",
     "far_off": "window alone",
     "near_off": "far alone",
+    "retained_off": "none retained",
     "attention_off": "no attention",
     "control": "equal bytes",
     "layer_control": "equal bytes, layer by layer",
     "trained_control": "equal bytes, trained",
-}
-DIFFERENCES = {
-    "far_branch": "window alone − this model",
-    "window_cost": "window alone − teacher",
-    "cost": "this model − teacher",
-    "over_control": "equal bytes − this model",
-    "over_layer_control": "equal bytes, layer by layer − this model",
-    "over_trained_control": "equal bytes, trained − this model",
 }
 STYLES = {
     "teacher": {"color": "0.25", "zorder": 2},
@@ -41,6 +34,7 @@ STYLES = {
     "trained_control": {"color": "tab:purple", "zorder": 3},
     "student": {"color": "tab:blue", "zorder": 4},
     "far_off": {"color": "tab:orange", "zorder": 5, "linestyle": "--"},
+    "retained_off": {"color": "tab:green", "zorder": 5, "linestyle": "--"},
 }
 """Of the lines in plots, which leave out the models without a window: they would set the scale."""
 
@@ -118,6 +112,10 @@ def save_report(
     return [out / "report.json", out / "report.md", *images]
 
 
+def _names(report: dict[str, Any]) -> dict[str, str]:
+    return NAMES | ({"far_off": "exact tokens alone"} if report.get("retained") else {})
+
+
 # Tables.
 
 
@@ -126,11 +124,15 @@ def _losses(report: dict[str, Any]) -> ReportTable:
     rows = zip(*(model["buckets"] for model in models.values()), strict=True)
     cells = [(_span(row[0]), *(f"{bucket['mean']:.4f}" for bucket in row)) for row in rows]
     title = "Cross-entropy by position, nats per token"
-    return ReportTable(title, ("position", *(NAMES[name] for name in models)), cells)
+    return ReportTable(title, ("position", *(_names(report)[name] for name in models)), cells)
 
 
 def _differences(report: dict[str, Any]) -> ReportTable:
-    rows = [(DIFFERENCES[name], _plus_minus(bucket)) for name, bucket in report["beyond_reach"].items()]
+    names = _names(report)
+    rows = [
+        (" − ".join(names[model] for model in PAIRS[name]), _plus_minus(bucket))
+        for name, bucket in report["beyond_reach"].items()
+    ]
     if (gain := report.get("far_gain")) is not None:
         rows.append((f"far-gain ratio from position {gain['teacher']['start']}", _ratio(gain)))
     return ReportTable(f"Beyond {report['reach']} tokens, nats per token", ("difference", "mean"), rows)
@@ -148,7 +150,7 @@ def _counterfactual(report: dict[str, Any]) -> ReportTable:
     rows = zip(*(model["buckets"] for model in models.values()), strict=True)
     cells = [(_span(row[0]), *(f"{bucket['mean']:.3g}" for bucket in row)) for row in rows]
     title = "Another past, KL of the predictions in nats"
-    return ReportTable(title, ("intact tokens", *(NAMES[name] for name in models)), cells)
+    return ReportTable(title, ("intact tokens", *(_names(report)[name] for name in models)), cells)
 
 
 def _telemetry(report: dict[str, Any]) -> ReportTable:
@@ -195,7 +197,7 @@ def _recall(report: dict[str, Any]) -> ReportTable:
         for row in zip(*models.values(), strict=True)
     ]
     prompts = next(iter(models.values()))[0]["prompts"]
-    return ReportTable(f"Recall, {prompts} prompts each", ("task", *(NAMES[name] for name in models)), rows)
+    return ReportTable(f"Recall, {prompts} prompts each", ("task", *(_names(report)[name] for name in models)), rows)
 
 
 def _rate(row: dict[str, Any]) -> str:
@@ -265,8 +267,8 @@ def _plot_losses(report: dict[str, Any]) -> Figure:
         if name in STYLES:
             centres = [math.sqrt(max(bucket["start"], 1) * bucket["stop"]) for bucket in model["buckets"]]
             means = [bucket["mean"] for bucket in model["buckets"]]
-            ax.plot(centres, means, marker="o", markersize=4, label=NAMES[name], **STYLES[name])
-    ax.axvline(report["reach"], color="0.6", linestyle=":", label="window + sinks")
+            ax.plot(centres, means, marker="o", markersize=4, label=_names(report)[name], **STYLES[name])
+    ax.axvline(report["reach"], color="0.6", linestyle=":", label="attended exactly")
     _finish(ax, "position in tokens", "cross-entropy, nats per token")
     return figure
 
@@ -279,8 +281,10 @@ def _plot_recall(report: dict[str, Any]) -> Figure:
             mine = [row for row in rows if row["task"] == task]
             x, y, error = ([row[key] for row in mine] for key in ("distance", "rate", "standard_error"))
             apart = [each * 1.02 ** (i - 1) for each in x]  # lines at the same height stay visible
-            ax.errorbar(apart, y, error, marker="o", markersize=4, capsize=2, label=NAMES[name], **STYLES[name])
-        ax.axvline(report["reach"], color="0.6", linestyle=":", label="window + sinks")
+            ax.errorbar(
+                apart, y, error, marker="o", markersize=4, capsize=2, label=_names(report)[name], **STYLES[name]
+            )
+        ax.axvline(report["reach"], color="0.6", linestyle=":", label="attended exactly")
         if chance := report["recall"]["student"][0]["chance"]:
             ax.axhline(chance, color="0.6", linestyle="--", label="a guess")
         ax.set_ylim(-0.03, 1.03)
@@ -304,7 +308,7 @@ def _plot_far_mass(report: dict[str, Any]) -> Figure:
     axes[0].set_ylabel("layer")
     step = max(1, len(layers) // 12)
     axes[0].set_yticks(range(0, len(layers), step), [str(layer["layer"]) for layer in layers[::step]])
-    figure.colorbar(image, ax=axes, label="attention beyond window + sinks")
+    figure.colorbar(image, ax=axes, label="attention beyond what is exact")
     return figure
 
 

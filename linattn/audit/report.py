@@ -10,19 +10,19 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linattn.audit.ablations import attention_off, converted_layers, far_off, near_off
+from linattn.audit.ablations import attention_off, converted_layers, far_off, near_off, retained_off
 from linattn.audit.cached import compare_cached
 from linattn.audit.counterfactual import counterfactual_kl, stacked_reach
 from linattn.audit.far_gain import FarGain, gain_ratio, truncated_losses
 from linattn.audit.memory import cheaper_from, equal_bytes_control, state_bytes
 from linattn.audit.positions import EDGES, Bucket, Progress, by_position, check_tokens, mean_over, token_losses
 from linattn.audit.recall import Recall
-from linattn.audit.sentences import part_sentences
+from linattn.audit.sentences import PAIRS, part_sentences
 from linattn.audit.speed import decode_speed, faster_from
 from linattn.audit.telemetry import layer_telemetry
 from linattn.errors import OptionError, ShapeError
 
-ABLATIONS = {"far_off": far_off, "near_off": near_off, "attention_off": attention_off}
+ABLATIONS = {"far_off": far_off, "near_off": near_off, "retained_off": retained_off, "attention_off": attention_off}
 PARTS = ("losses", "far_gain", "counterfactual", "telemetry", "cache", "recall", "speed")
 """What :func:`audit_model` measures."""
 RESOLUTION = 0.25
@@ -30,7 +30,7 @@ RESOLUTION = 0.25
 TELEMETRY_WINDOWS = 4
 """Windows of text that telemetry reads."""
 CACHED_TOKENS = 128
-"""Tokens beyond ``window + sinks`` up to which reading with the cache is compared."""
+"""Tokens beyond those attended exactly up to which reading with the cache is compared."""
 SPEED_LENGTHS = (256, 1024, 4096, 16384)
 MARGIN = 32
 """Positions that timed steps may take beyond a length."""
@@ -59,7 +59,8 @@ def audit_model(
 
     Args:
         teacher: the model before its conversion. student: the converted one.
-        tokens: ``[N, T]`` int64, N ≥ 2 windows of text that neither was trained on, T well beyond window + sinks.
+        tokens: ``[N, T]`` int64, N ≥ 2 windows of text that neither was trained on, T well beyond what the
+            student attends exactly.
         parts: what to measure, of ``PARTS``.
         recall: measures one model, as ``lambda model: recall_by_distance(model, tasks, text, distances=…)``; without
             it there is no part ``recall``.
@@ -76,16 +77,18 @@ def audit_model(
 
         - ``verdict``: sentences.
         - ``length``: T. ``windows``: N.
-        - ``reach``: tokens attended exactly, ``window + sinks``; with more of them before it, a token has a far branch.
+        - ``reach``: tokens attended exactly: window, retained ones and sinks; with more of them before it, a token has
+          a far branch. ``retained``: those among them behind the window. Of the layer that has most.
         - ``cheaper_from``: length from which the student's memory takes fewer bytes than the teacher's, or None.
 
         and of the parts:
 
         - of ``losses``, ``models``: by name (``teacher``, ``student``, ``far_off``, ``near_off``, ``attention_off``,
-          ``control``, ``trained_control``, and ``layer_control`` where the far layers' windows differ: those of each
-          layer's bytes) the ``buckets`` of :class:`PositionLosses`, and of what is no ablation the
-          ``bytes`` (:class:`StateBytes`) at T tokens; ``windows`` of a control: tokens in the window of each converted
-          layer. ``beyond_reach``: means over the positions beyond ``reach``, of ``far_branch`` (far_off − student),
+          ``control``, ``trained_control``, ``retained_off`` where tokens are retained, and ``layer_control`` where they
+          are or the far layers' windows differ: those of each layer's bytes) the ``buckets`` of
+          :class:`PositionLosses`, and of what is no ablation the ``bytes`` (:class:`StateBytes`) at T tokens;
+          ``windows`` of a control: tokens in the window of each converted layer. ``beyond_reach``: means over the
+          positions beyond ``reach``, of ``far_branch`` (far_off − student), ``retained`` (retained_off − student),
           ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control``, ``over_layer_control``
           and ``over_trained_control`` (control − student). ``differences``: the same by position.
         - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
@@ -98,14 +101,15 @@ def audit_model(
         - ``speed``: :class:`DecodeSpeed` of ``teacher`` and ``student``, ``faster_from``: see :func:`faster_from`.
 
     Raises:
-        ShapeError: fewer than two windows, or windows that do not reach beyond ``window + sinks``.
-        OptionError: an unknown part; ``start`` lies within ``window + sinks``, where nothing is far.
+        ShapeError: fewer than two windows, or windows that do not reach beyond what is attended exactly.
+        OptionError: an unknown part; ``start`` lies within it, where nothing is far.
         ConversionError: ``student`` is not converted, or ``teacher`` is.
     """
     check_tokens(tokens)
     count, length = tokens.shape
     layers = converted_layers(student)
-    reach, sinks = max(layer.window + layer.sinks for layer in layers), max(layer.sinks for layer in layers)
+    reach, retained, sinks = (max(getattr(layer, name) for layer in layers) for name in ("reach", "retained", "sinks"))
+    near = "window + retained + sinks" if retained else "window + sinks"
     start = min(2048, length // 2) if start is None else start
     if unknown := sorted({*parts} - {*PARTS}):
         raise OptionError(f"parts: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}.")
@@ -113,10 +117,10 @@ def audit_model(
     if count < 2 or length <= reach + 1:
         raise ShapeError(
             f"tokens: got {count} windows of {length} tokens, expected at least 2 (for standard errors) and more than "
-            f"window + sinks = {reach} tokens, up to which nothing is far."
+            f"{near} = {reach} tokens, up to which nothing is far."
         )
     if "far_gain" in wanted and not 1 <= reach <= start < length:
-        raise OptionError(f"start={start}: expected window + sinks = {reach} ≤ start < T = {length}, and reach ≥ 1.")
+        raise OptionError(f"start={start}: expected {near} = {reach} ≤ start < T = {length}, and reach ≥ 1.")
     stride = max(1, reach // 4) if stride is None else stride
     if lengths is None:
         positions = getattr(teacher.config, "max_position_embeddings", None) or 4 * length
@@ -124,7 +128,7 @@ def audit_model(
 
     controls = 1 + (trained_control is not None)
     costs = {
-        "losses": 2 + len(ABLATIONS) + controls + _differ(student),
+        "losses": 2 + len(_ablations(student)) + controls + _differ(student),
         "far_gain": 2,
         "counterfactual": 3,
         "cache": 2,
@@ -142,7 +146,7 @@ def audit_model(
             progress(done, total)
 
     pair = (("teacher", teacher), ("student", student))
-    report: dict[str, Any] = {"length": length, "windows": count, "reach": reach}
+    report: dict[str, Any] = {"length": length, "windows": count, "reach": reach, "retained": retained}
     report["cheaper_from"] = cheaper = cheaper_from(teacher, student)
     beyond: dict[str, Bucket] = {}
     gain = None
@@ -196,17 +200,6 @@ def audit_model(
     return {"verdict": [*verdict(beyond, gain, cheaper), *part_sentences(report)], **report}
 
 
-PAIRS = {
-    "far_branch": ("far_off", "student"),
-    "window_cost": ("far_off", "teacher"),
-    "cost": ("student", "teacher"),
-    "over_control": ("control", "student"),
-    "over_layer_control": ("layer_control", "student"),
-    "over_trained_control": ("trained_control", "student"),
-}
-"""Differences of losses: of the first over the second."""
-
-
 CONTROLS = {
     "over_control": "the untrained sliding window of equal state bytes",
     "over_layer_control": "untrained sliding windows of each layer's bytes, its layout without its far branches",
@@ -229,8 +222,15 @@ def _with_controls(
 
 
 def _differ(student: PreTrainedModel) -> bool:
-    """Whether the windows of its far layers do: then the layout is a part of what it is worth."""
-    return len({layer.window for layer in converted_layers(student)}) > 1
+    """Whether the windows of its far layers do, or tokens are retained: then the layout is a part of its worth."""
+    layers = converted_layers(student)
+    return len({layer.window for layer in layers}) > 1 or any(layer.retained for layer in layers)
+
+
+def _ablations(student: PreTrainedModel) -> list[str]:
+    """Those of ``ABLATIONS`` that take something away."""
+    retains = any(layer.retained for layer in converted_layers(student))
+    return [name for name in ABLATIONS if retains or name != "retained_off"]
 
 
 def _losses(
@@ -262,8 +262,8 @@ def _losses(
     if _differ(student):
         with equal_bytes_control(teacher, student, by_layer=True) as control:
             weigh("layer_control", control)
-    for name, off in ABLATIONS.items():
-        with off(student):
+    for name in _ablations(student):
+        with ABLATIONS[name](student):
             measure(name, student)
     return losses, facts
 
@@ -316,26 +316,34 @@ def verdict(beyond: dict[str, Bucket], gain: FarGain | None, cheaper: int | None
 
 
 def _loss_sentences(beyond: dict[str, Bucket]) -> Iterator[str]:
-    far, window = beyond["far_branch"], beyond["window_cost"]
+    far, window, retained = beyond["far_branch"], beyond["window_cost"], beyond.get("retained")
+    alone = "its window alone is" if retained is None else "its window and retained tokens alone are"
     there = f"beyond {far.start - 1} tokens"
     if _counts(far) and far.mean > 0:
         says = f"It uses its far branch: without it, cross-entropy rises by {_nats(far)} {there}"
-        share = f", where its window alone is {_nats(window)} worse than its teacher"
+        share = f", where {alone} {_nats(window)} worse than its teacher"
         says += (share if _counts(window) and window.mean > 0 else "") + "."
     elif _counts(far):
         says = f"Its far branch harms: without it, cross-entropy falls by {_nats(far)} {there}."
     elif far.standard_error <= RESOLUTION * max(window.mean, 0.0):
         says = (
-            "It is a window-only model in disguise: without its far branch, cross-entropy changes by no more than the "
-            f"standard error ({_nats(far)}) {there}."
+            f"It is a {'window-only' if retained is None else 'near-only'} model in disguise: without its far branch, "
+            f"cross-entropy changes by no more than the standard error ({_nats(far)}) {there}."
         )
     else:
         says = (
             "Whether it uses its far branch, this text cannot tell: without the branch, cross-entropy changes by "
-            f"{_nats(far)} {there}, and its window alone is but {window.mean:.4f} nats worse than its teacher. Use "
+            f"{_nats(far)} {there}, and {alone} but {window.mean:.4f} nats worse than its teacher. Use "
             "more or longer windows."
         )
     yield says
+    if retained is not None:
+        if _counts(retained):
+            worth, effect = ("help", "rises") if retained.mean > 0 else ("harm", "falls")
+            change = f"{effect} by {_nats(retained)}"
+        else:
+            worth, change = "make no difference that counts", f"changes by no more than the error ({_nats(retained)})"
+        yield f"Its retained tokens {worth}: with them far like their neighbours, cross-entropy {change} there."
     for name, what in CONTROLS.items():
         if (over := beyond.get(name)) is not None:
             outcome = "ties with" if not _counts(over) else "beats" if over.mean > 0 else "loses to"

@@ -8,6 +8,16 @@ from typing import Any
 
 NAMES = {"teacher": "its teacher", "control": "the untrained window of equal bytes"}
 NAMES |= {"trained_control": "the trained window of equal bytes"}
+PAIRS = {
+    "far_branch": ("far_off", "student"),
+    "retained": ("retained_off", "student"),
+    "window_cost": ("far_off", "teacher"),
+    "cost": ("student", "teacher"),
+    "over_control": ("control", "student"),
+    "over_layer_control": ("layer_control", "student"),
+    "over_trained_control": ("trained_control", "student"),
+}
+"""Differences of losses: of the first over the second."""
 FAINT = 0.1
 """Share of its teacher's far mass below which a layer counts as one that hardly looks back."""
 ROUNDING = 0.01
@@ -18,9 +28,9 @@ def part_sentences(report: dict[str, Any]) -> list[str]:
     """Sentences about counterfactual text, telemetry, cache, recall and speed, of those that were measured."""
     sentences: list[str] = []
     if "counterfactual" in report:
-        sentences += _counterfactual(report["counterfactual"], report["reach"])
+        sentences += _counterfactual(report["counterfactual"], report["reach"], bool(report.get("retained")))
     if "telemetry" in report:
-        sentences += _telemetry(report["telemetry"]["layers"])
+        sentences += _telemetry(report["telemetry"]["layers"], bool(report.get("retained")))
     if "cache" in report:
         sentences += _cache(report["cache"])
     if "recall" in report:
@@ -30,19 +40,20 @@ def part_sentences(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _counterfactual(found: dict[str, Any], reach: int) -> Iterator[str]:
-    models = found["models"]
+def _counterfactual(found: dict[str, Any], reach: int, retains: bool) -> Iterator[str]:
+    models, near = found["models"], "windows and retained tokens" if retains else "windows"
     if models["student"]["beyond_reach"] is None:
         return
     yield (
         f"Another text further back than {reach} tokens changes its predictions by {_kl(models, 'student')} (KL), its "
-        f"teacher's by {_kl(models, 'teacher')}, those of its windows alone by {_kl(models, 'far_off')}."
+        f"teacher's by {_kl(models, 'teacher')}, those of its {near} alone by {_kl(models, 'far_off')}."
     )
     stack = models["student"]["beyond_stack"]
     if stack is not None:
         changes = f"by {stack['mean']:.2g} nats" if stack["mean"] else "not at all"
         if alone := models["far_off"]["beyond_stack"]["mean"]:
-            changes += f" (by {alone:.2g} without the far branch, through layers kept softmax)"
+            ways = "retained tokens or layers" if retains else "layers"
+            changes += f" (by {alone:.2g} without the far branch, through {ways} kept softmax)"
         yield (
             f"Further back than {found['stacked_reach']} tokens, where its windows see nothing however they are "
             f"stacked, it changes them {changes}, its teacher's by {models['teacher']['beyond_stack']['mean']:.2g}."
@@ -53,11 +64,12 @@ def _kl(models: dict[str, Any], name: str) -> str:
     return f"{models[name]['beyond_reach']['mean']:.2g} nats"
 
 
-def _telemetry(layers: list[dict[str, Any]]) -> Iterator[str]:
+def _telemetry(layers: list[dict[str, Any]], retains: bool) -> Iterator[str]:
+    near = "window, retained tokens and sinks" if retains else "window and sinks"
     ours, theirs = ([mean_of(layer[name]) for layer in layers] for name in ("far_mass", "teacher_far_mass"))
     faint = sum(a < FAINT * b for a, b in zip(ours, theirs, strict=True))
     yield (
-        f"Of its attention {mean_of(ours):.1%} goes beyond window and sinks, of its teacher's {mean_of(theirs):.1%}; "
+        f"Of its attention {mean_of(ours):.1%} goes beyond {near}, of its teacher's {mean_of(theirs):.1%}; "
         f"less than a tenth of its teacher's in {faint} of {len(layers)} converted layers."
     )
 

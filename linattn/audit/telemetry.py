@@ -34,7 +34,8 @@ class LayerTelemetry(NamedTuple):
 
     Attributes:
         layer: position among the model's attention layers. path: of its attention module.
-        far_mass: ``[H]`` share of the attention that goes to far tokens, averaged over the queries that have any.
+        far_mass: ``[H]`` share of the attention that goes to far tokens, averaged over the queries that have any;
+            retained tokens are not far.
         teacher_far_mass: ``[H]`` the same of the teacher's softmax attention, over the same tokens.
         half_life: ``[Hkv]`` tokens after which the far branch has forgotten half, at the mean rate over the text; None
             without decay.
@@ -68,22 +69,21 @@ def layer_telemetry(teacher: PreTrainedModel, student: PreTrainedModel, tokens: 
 
     Args:
         teacher: the model before its conversion. student: the converted one.
-        tokens: ``[N, T]`` int64, T > window + sinks of every converted layer.
+        tokens: ``[N, T]`` int64, T > window + retained + sinks of every converted layer.
 
     Raises:
-        ShapeError: the windows do not reach beyond ``window + sinks``.
+        ShapeError: the windows do not reach beyond ``window + retained + sinks``.
         ConversionError: ``student`` is not converted, or ``teacher`` is.
     """
     check_tokens(tokens)
     layers = converted_layers(student)
     plan = ConversionPlan.from_dict(student.config.linattn)
-    reach = max(layer.window + layer.sinks for layer in layers)
+    reach = max(layer.reach for layer in layers)
     if tokens.shape[1] <= reach:
-        raise ShapeError(
-            f"tokens: got windows of {tokens.shape[1]} tokens, expected more than window + sinks = {reach}."
-        )
-    seen = _student_facts(student, layers, tokens)
-    exact = _teacher_masses(teacher, plan, tokens)
+        near = "window + retained + sinks" if any(layer.retained for layer in layers) else "window + sinks"
+        raise ShapeError(f"tokens: got windows of {tokens.shape[1]} tokens, expected more than {near} = {reach}.")
+    seen, ends = _student_facts(student, layers, tokens)
+    exact = _teacher_masses(teacher, plan, tokens, ends)
     found = []
     for layer, planned, mine, theirs in zip(layers, plan.converted, seen, exact, strict=True):
         rates = mine.get("rate")
@@ -113,12 +113,18 @@ def _read(model: PreTrainedModel, tokens: Tensor, *, cached: bool = False) -> No
             model.base_model(row[None].to(device), past_key_values=cache, use_cache=cached)
 
 
-def _student_facts(student: PreTrainedModel, layers: list[ConvertedAttention], tokens: Tensor) -> list[Facts]:
-    """What each layer of ``student`` shows, averaged over the windows."""
+def _student_facts(
+    student: PreTrainedModel, layers: list[ConvertedAttention], tokens: Tensor
+) -> tuple[list[Facts], list[list[Tensor]]]:
+    """What each layer of ``student`` shows, averaged over the windows, and each window's expiries where it retains."""
     sums: dict[ConvertedAttention, Facts] = {layer: {} for layer in layers}
+    ends: dict[ConvertedAttention, list[Tensor]] = {layer: [] for layer in layers}
 
     def hook(layer: Any, args: tuple[Any, ...], options: dict[str, Any], out: Any) -> None:
-        q, k, *_ = args
+        q, k, v = args
+        if layer.retained:
+            options = {**options, "scores": layer.scores(k, v, options.get("rotation"))}
+            ends[layer].append(layer.expiries(options["scores"]).cpu())
         for name, value in _facts(layer, q, k, options).items():
             sums[layer][name] = sums[layer].get(name, 0) + value.double().cpu() / len(tokens)
 
@@ -128,7 +134,7 @@ def _student_facts(student: PreTrainedModel, layers: list[ConvertedAttention], t
     finally:
         for handle in hooks:
             handle.remove()
-    return [sums[layer] for layer in layers]
+    return [sums[layer] for layer in layers], [ends[layer] for layer in layers]
 
 
 def _facts(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, Any]) -> Facts:
@@ -140,7 +146,7 @@ def _facts(layer: ConvertedAttention, q: Tensor, k: Tensor, options: dict[str, A
         layer.far = far
     sinks = options.get("sink_logits")
     most = total if sinks is None else total + (sinks.double() - SINK).exp()
-    facts = {"far_mass": ((total - near) / most)[:, layer.window + layer.sinks :].mean((0, 1))}
+    facts = {"far_mass": ((total - near) / most)[:, layer.reach :].mean((0, 1))}
     gates = layer.log_gates(layer.far_inputs(q, k, options.get("rotation"))[1])
     if gates is not None:
         facts["rate"] = -gates.double().flatten(0, -2).mean(0) if gates.ndim > 1 else -gates.double()
@@ -167,20 +173,27 @@ def _effective_rank(matrix: Tensor) -> Tensor:
     return torch.special.entr(singular / singular.sum(-1, keepdim=True)).sum(-1).exp()
 
 
-def _teacher_masses(teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tensor) -> list[Tensor]:
-    """``[H]`` of each layer of ``plan``: the mass of its far tokens in the teacher's softmax, over the windows."""
+def _teacher_masses(
+    teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tensor, ends: list[list[Tensor]] | None = None
+) -> list[Tensor]:
+    """``[H]`` of each layer of ``plan``: the mass of its far tokens in the teacher's softmax, over the windows.
+
+    ``ends``: of each layer, by window, ``[1, Hkv, T]`` the first query to which a token is far, if some are retained.
+    """
     plan = ConversionPlan.from_dict(plan.to_dict())
     for planned in plan.kept:
         planned.kind = "keep"  # as the teacher has it
+    reaches = [planned.window + planned.retained + planned.sinks for planned in plan.converted]
     for planned in plan.converted:
         planned.feature_map, planned.feature_map_options, planned.decay, planned.far_rope = "elu", {}, None, True
-        planned.sink_distance = None
+        planned.sink_distance, planned.retained = None, 0
     seam = convert_model(teacher, plan=plan)
     try:
         layers = converted_layers(seam)
         masses: list[list[Tensor]] = [[] for _ in layers]
-        for layer, mine in zip(layers, masses, strict=True):
-            layer.__dict__["forward"] = functools.partial(_softmax, layer, mine)
+        ends = ends or [[] for _ in layers]
+        for layer, reach, theirs, mine in zip(layers, reaches, ends, masses, strict=True):
+            layer.__dict__["forward"] = functools.partial(_softmax, layer, reach, theirs, mine)
         _read(seam, tokens)
     finally:
         revert_model(seam)
@@ -188,9 +201,17 @@ def _teacher_masses(teacher: PreTrainedModel, plan: ConversionPlan, tokens: Tens
 
 
 def _softmax(
-    layer: ConvertedAttention, masses: list[Tensor], q: Tensor, k: Tensor, v: Tensor, **options: Any
+    layer: ConvertedAttention,
+    reach: int,
+    ends: list[Tensor],
+    masses: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    **options: Any,
 ) -> Tensor:
     """The softmax attention of a layer, some queries at a time; adds the ``[H]`` mass of far tokens to ``masses``."""
+    end = ends[len(masses)].to(q.device)[:, :, None, None] if ends else None  # of this window
     batch, length = q.shape[:2]
     softcap, sinks = options.get("softcap"), options.get("sink_logits")
     queries = q.float().unflatten(2, (k.shape[2], -1)) * layer.feature_map.scale  # [B, T, Hkv, H / Hkv, D]
@@ -209,6 +230,7 @@ def _softmax(
             logits = torch.cat([logits, column], -1)
         weights = logits.softmax(-1)[..., :stop]
         outs.append(torch.einsum("bhgts,bshv->bthgv", weights, v[:, :stop].float()).flatten(2, 3))
-        far.append((weights * ((gap >= layer.window) & (at >= layer.sinks))).sum(-1).flatten(1, 2))
-    masses.append(torch.cat(far, 2)[:, :, layer.window + layer.sinks :].double().mean((0, 2)).cpu())
+        behind = (gap >= layer.window) & (at >= layer.sinks) if end is None else at[start:, None] >= end[..., :stop]
+        far.append((weights * behind).sum(-1).flatten(1, 2))
+    masses.append(torch.cat(far, 2)[:, :, reach:].double().mean((0, 2)).cpu())
     return torch.cat(outs, 1).to(v.dtype)

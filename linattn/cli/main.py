@@ -101,6 +101,8 @@ MapOptions = Annotated[
 ]
 Window = Annotated[int, typer.Option(min=0, help="Recent tokens attended exactly.")]
 Sinks = Annotated[int, typer.Option(min=0, help="First tokens attended exactly.")]
+Retained = Annotated[int, typer.Option(min=0, help="Best-scored tokens behind the window attended exactly.")]
+Recency = Annotated[float, typer.Option(help="What a token's score gains with each position: older ones fade.")]
 DecayOption = Annotated[Decay, typer.Option(help="Forgetting in the far branch: learned half-lives, or gated by data.")]
 FarRope = Annotated[
     bool, typer.Option(help="Whether the far branch reads queries and keys after rotary embedding, or before it.")
@@ -127,6 +129,8 @@ PLAN_OPTIONS = (
     "map_option",
     "window",
     "sinks",
+    "retained",
+    "recency",
     "decay",
     "far_rope",
     "sink_distance",
@@ -144,6 +148,8 @@ def plan(
     map_option: MapOptions = None,
     window: Window = 128,
     sinks: Sinks = 4,
+    retained: Retained = 0,
+    recency: Recency = 0.002,
     decay: DecayOption = Decay.none,
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
@@ -172,6 +178,8 @@ def plan(
         map_option,
         window,
         sinks,
+        retained,
+        recency,
         decay,
         far_rope,
         sink_distance,
@@ -198,6 +206,8 @@ def convert(
     map_option: MapOptions = None,
     window: Window = 128,
     sinks: Sinks = 4,
+    retained: Retained = 0,
+    recency: Recency = 0.002,
     decay: DecayOption = Decay.none,
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
@@ -214,8 +224,8 @@ def convert(
 ) -> None:
     """Convert a model and save it, tokenizer included.
 
-    For sequences of up to window + sinks tokens (an encoder: window) the result equals the original. Beyond them it
-    loses quality until it is trained.
+    For sequences of up to window + retained + sinks tokens (an encoder: window) the result equals the original. Beyond
+    them it loses quality until it is trained.
 
     Examples:
 
@@ -231,6 +241,8 @@ def convert(
         map_option,
         window,
         sinks,
+        retained,
+        recency,
         decay,
         far_rope,
         sink_distance,
@@ -828,6 +840,8 @@ def _plan_options(
     map_option: list[str] | None,
     window: int,
     sinks: int,
+    retained: int,
+    recency: float,
     decay: Decay,
     far_rope: bool,
     sink_distance: int | None,
@@ -842,6 +856,8 @@ def _plan_options(
         "feature_map_options": dict(map(_key_value, map_option or ())) or None,
         "window": window,
         "sinks": sinks,
+        "retained": retained,
+        "recency": recency,
         "decay": None if decay is Decay.none else decay.value,
         "far_rope": far_rope,
         "sink_distance": sink_distance,
@@ -999,13 +1015,15 @@ def _state_bytes(layer: LayerPlan, dtype: torch.dtype, keeps_far_keys: bool) -> 
         head_dim=layer.head_dim,
         window=layer.window,
         sinks=layer.sinks,
+        retained=layer.retained,
         decay=layer.decay is not None,
         far_head_dim=layer.head_dim if keeps_far_keys else None,
         dtype=dtype,
         device="meta",
     )
     turns_back = not layer.far_rope and not keeps_far_keys
-    return state.nbytes + (layer.window * POSITION.itemsize if turns_back else 0)
+    positions = layer.window + layer.retained * layer.kv_heads
+    return state.nbytes + (positions * POSITION.itemsize if turns_back else 0)
 
 
 def _memory(
@@ -1027,12 +1045,11 @@ def _memory(
     per_token = sum(each.token for each in compress(memory, converted))
     how: dict[str, int] = {}
     for layer in layers:
-        text = "softmax"
-        if layer.kind == "convert":
-            decay = f", {layer.decay} decay" if layer.decay else ""
-            text = f"{layer.feature_map or 'no far branch'}, window {layer.window}, sinks {layer.sinks}{decay}"
-        elif layer.kind == "bound":
+        text = "softmax" if layer.kind != "convert" else layer.feature_map or "no far branch"
+        if layer.kind != "keep":
             text += f", window {layer.window}, sinks {layer.sinks}"
+            text += f", {layer.retained} retained" if layer.retained else ""
+            text += f", {layer.decay} decay" if layer.decay else ""
         how[text] = how.get(text, 0) + 1
     return {
         "converted_layers": sum(converted),

@@ -37,6 +37,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         state: the memory, or None before the first token.
         positions: ``[N, W]`` int32, the rotary positions of the state's ring, where the layer turns its keys back
             instead of holding them before rotary embedding too; else None.
+        kept_positions: ``[N, M, Hkv]`` int32, those of the state's retained tokens beside them.
         seen: 0-dim int64 on the CPU, tokens seen including padding.
         record_past: keep recent tokens retractable until the next :meth:`crop`.
     """
@@ -50,6 +51,7 @@ class LinattnCacheLayer(CacheLayerMixin):
         super().__init__()
         self.state: AttentionState | None = None
         self.positions: Tensor | None = None
+        self.kept_positions: Tensor | None = None
         self.seen = torch.zeros((), dtype=torch.int64)
         self.record_past = record_past
         self.device: torch.device | None = None
@@ -65,7 +67,8 @@ class LinattnCacheLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of the state and its positions: the same after 100 and after 100,000 tokens."""
-        positions = 0 if self.positions is None else self.positions.numel() * self.positions.element_size()
+        held = [t for t in (self.positions, self.kept_positions) if t is not None]
+        positions = sum(t.numel() * t.element_size() for t in held)
         return 0 if self.state is None else self.state.nbytes + positions
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -108,16 +111,28 @@ class LinattnCacheLayer(CacheLayerMixin):
             )
         return None if self.state is None else self.state.to(device)
 
-    def commit(self, state: AttentionState, positions: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def commit(
+        self,
+        state: AttentionState,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> None:
         """Store the state after the newest token; where the cache offloads, away from the accelerator.
 
         Args:
             positions: ``[N | 1, T]`` of the new tokens, where those of the ring are to be known.
             mask: ``[N, T]`` bool, True for real ones.
+            scores: ``[N, T, Hkv]`` of them, where those of the retained tokens are to be known, too.
         """
-        self.state = state.to("cpu") if self._offloaded else state
-        held = None if positions is None else self._ring_positions(state, positions.to(POSITION), mask)
-        self.positions = held.to("cpu") if held is not None and self._offloaded else held
+        held = kept = None
+        if positions is not None:
+            positions = positions.to(POSITION)
+            kept = None if scores is None else self._pool_positions(state, positions, mask, scores)
+            held = self._ring_positions(state, positions, mask)
+        self.state, self.positions, self.kept_positions = state, held, kept
+        if self._offloaded:
+            self._each_tensor(lambda state: state.to("cpu"), lambda held: held.to("cpu"))
 
     def _ring_positions(self, state: AttentionState, positions: Tensor, mask: Tensor | None) -> Tensor:
         held, ring = positions.expand(state.batch_size, -1), state.recent_k.shape[1]
@@ -128,12 +143,45 @@ class LinattnCacheLayer(CacheLayerMixin):
             held = held.gather(1, torch.cat([old, mask], 1).long().argsort(dim=1, stable=True))  # real tokens last
         return F.pad(held, [ring - held.shape[1], 0])  # the newest: a negative pad leaves out
 
-    def _each_tensor(self, state: Callable[[AttentionState], AttentionState], ring: Callable[[Tensor], Tensor]) -> None:
-        """Change the memory: the state by ``state``, its positions by ``ring``."""
+    def _pool_positions(self, state: AttentionState, positions: Tensor, mask: Tensor | None, scores: Tensor) -> Tensor:
+        """``[N, M, Hkv]`` positions of what ``state`` retains: the best of what it did and of what left the ring."""
+        assert state.kept_score is not None
+        count, tokens, heads = scores.shape
+        new = positions.new_ones(count, tokens, dtype=torch.bool) if mask is None else mask
+        index = new.cumsum(1) - 1
+        best, held = scores, positions.expand(count, -1)
+        old: Any = self.state
+        if old is not None:
+            assert self.positions is not None
+            old, ring = old.to(scores.device), self.positions.to(scores.device)
+            ages = old.length[:, None] - ring.shape[1] + torch.arange(ring.shape[1], device=scores.device)
+            index = torch.cat([ages, old.length[:, None] + index], 1)
+            new = torch.cat([ages >= old.folded[:, None], new], 1)
+            best, held = torch.cat([old.recent_score, scores], 1), torch.cat([ring, held], 1)
+        left = new & (index >= state.sinks) & (index < state.folded[:, None])
+        best = best.masked_fill(~left[..., None], -math.inf)
+        held = held[..., None].expand(-1, -1, heads)
+        if old is not None:
+            assert self.kept_positions is not None
+            best = torch.cat([old.kept_score, best], 1)
+            held = torch.cat([self.kept_positions.to(held.device), held], 1)
+        if (missing := state.retained - best.shape[1]) > 0:
+            best, held = F.pad(best, [0, 0, 0, missing], value=-math.inf), F.pad(held, [0, 0, 0, missing])
+        chosen = best.argsort(dim=1, descending=True, stable=True)[:, : state.retained]
+        # In order of age, empty ones last; the state's slots are in that order, wherever it has its empty ones.
+        chosen = chosen + best.shape[1] * best.gather(1, chosen).isneginf()
+        chosen = chosen.sort(1).values % best.shape[1]
+        rank = ((~state.kept_score.isneginf()).cumsum(1) - 1).clamp_min(0)
+        return held.gather(1, chosen).gather(1, rank)
+
+    def _each_tensor(self, state: Callable[[AttentionState], AttentionState], held: Callable[[Tensor], Tensor]) -> None:
+        """Change the memory: the state by ``state``, its positions by ``held``."""
         if self.state is not None:
             self.state = state(self.state)
         if self.positions is not None:
-            self.positions = ring(self.positions)
+            self.positions = held(self.positions)
+        if self.kept_positions is not None:
+            self.kept_positions = held(self.kept_positions)
 
     def get_seq_length(self) -> int:
         if torch.compiler.is_compiling():
@@ -148,14 +196,14 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         self._offloaded = True
-        self._each_tensor(lambda state: state.to("cpu"), lambda ring: ring.to("cpu"))
+        self._each_tensor(lambda state: state.to("cpu"), lambda held: held.to("cpu"))
 
     def prefetch(self) -> None:
         if (device := self.device) is not None:
-            self._each_tensor(lambda state: state.to(device), lambda ring: ring.to(device))
+            self._each_tensor(lambda state: state.to(device), lambda held: held.to(device))
 
     def reset(self) -> None:
-        self.state = self.positions = None
+        self.state = self.positions = self.kept_positions = None
         self.is_initialized = False
         self.seen = torch.zeros_like(self.seen)
         self._retractable = self._arrived = 0
@@ -179,7 +227,9 @@ class LinattnCacheLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or self.state is None:
             return
         back = -tokens_to_remove
-        self._each_tensor(lambda state: state.rollback(back), lambda ring: F.pad(ring, [back, -back]))
+        self.state = self.state.rollback(back)
+        if self.positions is not None:
+            self.positions = F.pad(self.positions, [back, -back])
         self.seen = self.seen + tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -189,11 +239,11 @@ class LinattnCacheLayer(CacheLayerMixin):
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         self._each_tensor(
-            lambda state: state.select(indices), lambda ring: ring.index_select(0, indices.to(ring.device))
+            lambda state: state.select(indices), lambda held: held.index_select(0, indices.to(held.device))
         )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each_tensor(lambda state: state.repeat(repeats), lambda ring: ring.repeat_interleave(repeats, dim=0))
+        self._each_tensor(lambda state: state.repeat(repeats), lambda held: held.repeat_interleave(repeats, dim=0))
 
 
 def decoder_cache(cache: Cache) -> Cache:

@@ -27,6 +27,7 @@ from linattn.convert.cache import adopt
 from linattn.convert.hf import KEPT_ATTRIBUTE, NAME, ConvertedAttention
 from linattn.errors import CheckpointError, UnsupportedError
 from linattn.feature_maps import FeatureMap
+from linattn.scores import TokenScore
 
 CLASS_PREFIX = "Linattn"
 _CLASSES: dict[type, Any] = {}
@@ -77,7 +78,7 @@ class ConvertedModel:
         return prepared
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, FeatureMap | ConvertedAttention):
+        if not isinstance(module, FeatureMap | ConvertedAttention | TokenScore):
             super()._init_weights(module)  # type: ignore[misc]
             return
         tensors = [*module.parameters(), *module.buffers()]

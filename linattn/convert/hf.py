@@ -28,6 +28,7 @@ from linattn.convert.plan import LayerPlan
 from linattn.convert.rotary import (
     FAR_ROPE,
     PROBE_ATTRIBUTE,
+    SCORES,
     SINK_DISTANCE,
     TURNS_ATTRIBUTE,
     Rotation,
@@ -38,6 +39,8 @@ from linattn.convert.rotary import (
 from linattn.errors import ConversionError, ShapeError, UnsupportedError
 from linattn.feature_maps import SequenceMap, make
 from linattn.kernels import kernel_attention
+from linattn.kernels.retain import FOREVER, expiry
+from linattn.scores import TokenScore
 from linattn.state import AttentionState
 
 NAME = "linattn"
@@ -47,6 +50,8 @@ CACHE_ATTRIBUTE = "_linattn_cache_layer"
 """Holds a converted module's :class:`Handover`."""
 ROTATION_ATTRIBUTE = "_linattn_rotation"
 """Holds the rotary embedding of a converted module's call for as long, where the layer turns queries or keys back."""
+ROTATED_ATTRIBUTE = "_linattn_rotated"
+"""Set on an attention module whose rotary embedding cannot be undone: scores see its keys as they are."""
 PLAIN = "elu"
 """A feature map without parameters, for layers that have no use for one."""
 
@@ -68,6 +73,10 @@ class ConvertedAttention(nn.Module):
         far: False deletes the far branch, leaving a sliding window with sinks: the control a conversion must beat.
             See :func:`linattn.convert.window_only`.
         bound: True in a layer left softmax within a window: what looks at converted layers passes it by.
+        retained: tokens behind the window that each key/value head attends exactly, the best-scored ones.
+        recency: what a token's score gains with each position.
+        score: tells the scores, recency left out; None in a layer built without retained tokens. It sees keys before
+            rotary embedding, whatever ``far_rope`` is; where the embedding cannot be undone, after it.
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
         far_rope: False where the far branch reads queries and keys before rotary embedding.
         sink_distance: tokens of rotary distance that sinks behind the window keep at most, or None.
@@ -83,6 +92,7 @@ class ConvertedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
+        self.retained, self.recency = layer.retained, layer.recency
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
         self.sink_distance = layer.sink_distance
         self.far, self.bound = layer.feature_map is not None, layer.kind == "bound"
@@ -104,11 +114,16 @@ class ConvertedAttention(nn.Module):
         elif self.decay == "data":
             self.gate_weight = nn.Parameter(torch.empty(layer.kv_heads, layer.head_dim, device=device, dtype=dtype))
             self.gate_bias = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
+        self.score: TokenScore | None = None
+        if self.retained:
+            self.score = TokenScore(layer.kv_heads, layer.head_dim, device=device, dtype=dtype)
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Fill the feature map's, the bias's and the decay's starting values, in place."""
+        """Fill the feature map's, the bias's, the decay's and the score's starting values, in place."""
         self.feature_map.reset_parameters()
+        if self.score is not None:
+            self.score.reset_parameters()
         self._reset_own_parameters()
 
     @torch.no_grad()
@@ -149,6 +164,42 @@ class ConvertedAttention(nn.Module):
         if rotation is None:
             raise _without_rotation(*FAR_ROPE)
         return rotation.undo(q, k)
+
+    @property
+    def reach(self) -> int:
+        """Tokens that are attended exactly."""
+        return self.window + self.retained + self.sinks
+
+    @torch.no_grad()
+    def scores(
+        self,
+        k: Tensor,
+        v: Tensor,
+        rotation: Rotation | None = None,
+        *,
+        mask: Tensor | None = None,
+        state: AttentionState | None = None,
+    ) -> Tensor:
+        """``[B, T, Hkv]`` float32, recency included, of keys ``[B, T, Hkv, D]`` and values ``[B, T, Hkv, V]``.
+
+        Args:
+            rotation: the rotary embedding that k comes from; without one, the keys are taken as they are.
+            mask, state: as of :meth:`sink_queries`; a token's position counts the real ones before it in its row.
+        """
+        assert self.score is not None
+        k = k if rotation is None else rotation.undo(k[:, :, :0], k)[1]
+        at = _positions(k.shape[1], mask, None, state, k.device)
+        return self.score(k, v) + self.recency * at[..., None].float()
+
+    @torch.no_grad()
+    def expiries(self, scores: Tensor) -> Tensor:
+        """``[B, Hkv, T]`` int32, the first query to which each token is far, of the :meth:`scores` of whole sequences.
+
+        Sinks, and tokens retained to the end, have ``FOREVER``.
+        """
+        ends = expiry(scores[:, self.sinks :].transpose(1, 2), window=self.window, retained=self.retained)
+        ends = torch.where(ends < FOREVER, ends + self.sinks, FOREVER)
+        return nn.functional.pad(ends, [min(self.sinks, scores.shape[1]), 0], value=FOREVER)
 
     def moves_sinks(self, tokens: float) -> bool:
         """Whether sinks are met by :meth:`sink_queries` in sequences of so many tokens."""
@@ -199,6 +250,7 @@ class ConvertedAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache_layer: LinattnCacheLayer | None = None,
         rotation: Rotation | None = None,
+        scores: Tensor | None = None,
     ) -> Tensor:
         """Attention of new tokens over themselves and what ``cache_layer`` remembers.
 
@@ -208,7 +260,9 @@ class ConvertedAttention(nn.Module):
             mask: ``[B, T]`` bool, True for real tokens.
             cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens.
             cache_layer: where the state is read from and stored to.
-            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs` and :meth:`sink_queries`.
+            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs`, :meth:`sink_queries` and
+                :meth:`scores`.
+            scores: ``[B, T, Hkv]`` instead of those; for values that are not the layer's own.
 
         Returns:
             ``[B, T, H, V]``.
@@ -227,8 +281,14 @@ class ConvertedAttention(nn.Module):
                 "that layer's scale in the plan (plan.layers[i].scale) and convert with it."
             )
         shape = q.shape
+        if cu_seqlens is not None and self.retained:
+            raise UnsupportedError(
+                "Packed sequences (position_ids that restart, cu_seq_lens_q or seq_idx) came to a layer with "
+                f"retained={self.retained} tokens, which keeps those of one sequence per row; pad them instead."
+            )
         plain = cache_layer is None and mask is None and cu_seqlens is None and softcap is None and sink_logits is None
-        if plain and self.causal and not self.far and shape[1] <= self.window:
+        exact = self.window if self.moves_sinks(shape[1]) else self.window + self.retained
+        if plain and self.causal and not self.far and shape[1] <= exact:
             return softmax_attention(q, k, v, phi.scale)
         q_far, k_far = self.far_inputs(q, k, rotation) if self.far and not self.far_rope else (None, None)
         if cu_seqlens is not None:
@@ -251,7 +311,11 @@ class ConvertedAttention(nn.Module):
                 )
             if state is not None and turns_back and cache_layer.positions is not None:
                 assert rotation is not None
-                state = _with_far_keys(state, cache_layer.positions, rotation, shape[1])
+                state = _with_far_keys(state, cache_layer, rotation, shape[1])
+        if not self.retained:
+            scores = None
+        elif scores is None:
+            scores = self.scores(k, v, rotation, mask=mask, state=state)
         q_sink = None
         if self.moves_sinks(shape[1] if cache_layer is None else cache_layer.most_seen):
             q_sink = self.sink_queries(q, rotation, mask=mask, cu_seqlens=cu_seqlens, state=state)
@@ -262,6 +326,8 @@ class ConvertedAttention(nn.Module):
             feature_map=phi,
             window=self.window,
             sinks=self.sinks,
+            retained=self.retained,
+            scores=scores,
             far=self.far,
             decay=self.log_gates(k if k_far is None else k_far) if self.far else None,
             far_bias=self.far_bias if self.far else None,
@@ -281,14 +347,15 @@ class ConvertedAttention(nn.Module):
         if cache_layer is not None and result.state is not None:
             if turns_back:
                 assert rotation is not None
-                after = dataclasses.replace(result.state, recent_far_k=None)
-                cache_layer.commit(after, rotation.positions, mask)
+                after = dataclasses.replace(result.state, recent_far_k=None, kept_far_k=None)
+                cache_layer.commit(after, rotation.positions, mask, scores)
             else:
                 cache_layer.commit(result.state)
         return result.out.reshape(*shape[:-1], v.shape[-1])
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
+        parts += [f"retained={self.retained}", f"recency={self.recency}"] * (self.score is not None)
         parts += ["softmax"] if self.bound else [f"far_rope={self.far_rope}"]
         return ", ".join(parts if self.sink_distance is None else [*parts, f"sink_distance={self.sink_distance}"])
 
@@ -300,11 +367,24 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
-def _with_far_keys(state: AttentionState, positions: Tensor, rotation: Rotation, tokens: int) -> AttentionState:
-    """The state with its ring's keys before rotary embedding: those that may be read as far, and zeros for the rest."""
-    ring, far = state.recent_k.shape[1], min(state.lookback + tokens, state.recent_k.shape[1])
-    keys = rotation.undo_at(state.recent_k[:, :far], positions[:, :far].to(state.recent_k.device))
-    return dataclasses.replace(state, recent_far_k=nn.functional.pad(keys, [0, 0, 0, 0, 0, ring - far]))
+def _with_far_keys(
+    state: AttentionState, cache_layer: LinattnCacheLayer, rotation: Rotation, tokens: int
+) -> AttentionState:
+    """The state with its keys before rotary embedding: those that may be read as far, and zeros for the rest."""
+    assert cache_layer.positions is not None
+    ring, leaving = state.recent_k.shape[1], state.lookback + tokens
+    positions, far = cache_layer.positions.to(state.recent_k.device), min(leaving, ring)
+    keys = rotation.undo_at(state.recent_k[:, :far], positions[:, :far])
+    state = dataclasses.replace(state, recent_far_k=nn.functional.pad(keys, [0, 0, 0, 0, 0, ring - far]))
+    if (at := cache_layer.kept_positions) is None or state.kept_k is None or state.kept_score is None:
+        return state
+    # As many as leave the window may take the place of the worst retained tokens.
+    count = min(leaving, state.retained)
+    worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[:, -count:]  # [N, count, Hkv]
+    entries = worst[..., None].expand(-1, -1, -1, state.kept_k.shape[-1])
+    keys, at = state.kept_k.gather(1, entries), at.to(worst.device).gather(1, worst)
+    keys = rotation.undo_at(keys.flatten(1, 2)[:, :, None], at.flatten(1, 2)).view_as(keys)
+    return dataclasses.replace(state, kept_far_k=torch.zeros_like(state.kept_k).scatter(1, entries, keys))
 
 
 def _without_rotation(option: str, remedy: str) -> ConversionError:
@@ -331,7 +411,8 @@ def _positions(
 def window_only(model: nn.Module) -> Iterator[None]:
     """Delete the far branch of a converted model's layers while the context lasts: a sliding window with sinks.
 
-    The control that a conversion must beat, with the same weights. Caches do not carry over between the two forms.
+    Retained tokens stay. The control that a conversion must beat, with the same weights. Caches do not carry over
+    between the two forms.
     """
     layers = [module for module in model.modules() if isinstance(module, ConvertedAttention)]
     if not layers:
@@ -625,6 +706,20 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if converted.keeps_far_keys is None and (first or not torch.compiler.is_compiling()):
             _settle_far_keys(converted, rotation)
         module.__dict__[ROTATION_ATTRIBUTE] = rotation
+    elif converted.score is not None and ROTATED_ATTRIBUTE not in module.__dict__:
+        module.__dict__[ROTATION_ATTRIBUTE] = _known_rotation(module, args, kwargs)
+
+
+def _known_rotation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rotation | None:
+    """The rotary embedding of a call, None where it cannot be undone, which the module's first call settles."""
+    settled = TURNS_ATTRIBUTE in module.__dict__
+    try:
+        return rotation_of(module, args, kwargs, SCORES)
+    except ConversionError:
+        if settled:
+            raise
+    module.__dict__[ROTATED_ATTRIBUTE] = True
+    return None
 
 
 @torch.compiler.disable

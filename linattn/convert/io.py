@@ -21,7 +21,8 @@ from linattn.state import AttentionState
 
 STATE_FORMAT = "linattn-state-1"
 POSITIONS = "positions"
-"""Name of a ring's positions beside the tensors of its state."""
+KEPT_POSITIONS = "kept_positions"
+"""Names of a ring's and of retained tokens' positions beside the tensors of their state."""
 
 
 def load(path: str | PathLike[str], **kwargs: Any) -> PreTrainedModel:
@@ -87,7 +88,8 @@ def save_state(cache: Cache, path: str | PathLike[str]) -> None:
         if isinstance(layer, LinattnCacheLayer):
             state = layer.state
             held = {} if state is None else state.tensors()
-            held |= {} if layer.positions is None else {POSITIONS: layer.positions}
+            positions = {POSITIONS: layer.positions, KEPT_POSITIONS: layer.kept_positions}
+            held |= {name: t for name, t in positions.items() if t is not None}
             entry["window"] = 0 if state is None else state.window
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             held = {} if layer.keys is None else {"keys": layer.keys, "values": layer.values}
@@ -127,7 +129,7 @@ def _load_layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -
     if entry["type"] == LinattnCacheLayer.__name__:
         layer = LinattnCacheLayer()
         if held:
-            layer.positions = held.pop(POSITIONS, None)
+            layer.positions, layer.kept_positions = (held.pop(name, None) for name in (POSITIONS, KEPT_POSITIONS))
             layer.state = AttentionState(**held, window=entry["window"])
             layer.lazy_initialization(layer.state.kv, layer.state.kv)
             layer.seen = torch.tensor(entry["length"], dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -45,6 +46,9 @@ class LayerPlan:
         feature_map_options: options of that map.
         window: tokens attended exactly, the query's own included.
         sinks: first tokens attended exactly by all.
+        retained: tokens behind the window attended exactly by each key/value head: the best-scored ones. Whoever edits
+            a plan may give some to a bound layer, too.
+        recency: what a token's score gains with each position.
         decay: None, ``"fixed"`` (one learned half-life per key/value head) or ``"data"`` (gated by each key).
         native_window: the layer's own sliding window, or None.
         far_rope: False lets the feature map, and the gates, read queries and keys before rotary embedding; window and
@@ -69,6 +73,8 @@ class LayerPlan:
     feature_map_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     window: int = 0
     sinks: int = 0
+    retained: int = 0
+    recency: float = 0.002
     decay: str | None = None
     native_window: int | None = None
     far_rope: bool = True
@@ -193,6 +199,8 @@ class ConversionPlan:
             notes = [*layer.notes, "no rotary embedding in the far branch"] if not layer.far_rope else layer.notes
             if layer.sink_distance is not None:
                 notes = [*notes, f"sinks at most {layer.sink_distance} tokens away"]
+            if layer.kind != "keep" and layer.retained:
+                notes = [*notes, f"{layer.retained} retained tokens"]
             if layer.kind == "bound":
                 notes = [f"softmax of the last {layer.window} tokens and {layer.sinks} sinks", *notes]
             why = "; ".join([layer.reason] * bool(layer.reason) + notes)
@@ -214,6 +222,8 @@ def plan_model(
     feature_map: MapSpec = "hedgehog",
     window: int | Sequence[int] = 128,
     sinks: int = 4,
+    retained: int | Sequence[int] = 0,
+    recency: float = 0.002,
     decay: str | None = None,
     far_rope: bool = True,
     sink_distance: int | None = None,
@@ -233,6 +243,10 @@ def plan_model(
             out: a sliding window with sinks, without parameters of its own.
         window: tokens attended exactly; a list has one for each attention layer of the model, in order, kept ones
             included. sinks: first tokens attended exactly by all.
+        retained: tokens behind the window that stay attended exactly; a list as of ``window``. Which ones each
+            key/value head keeps is told by a :class:`~linattn.scores.TokenScore` of the layer, random until trained.
+            Causal attention only.
+        recency: added to the score of each later token, so that older ones fade.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
         far_rope: False keeps rotary embedding out of the far branch; see :class:`LayerPlan`. Layers that say they have
             none (``use_rope``) are left at True.
@@ -263,9 +277,9 @@ def plan_model(
     found = list(find_attention(model))
     modules = {layer.index: module for layer, module in found}
     entries = [layer for layer, _ in found]
-    windows = _each("window", window, len(entries))
-    for each in dict.fromkeys(windows) or [0]:
-        _check_options(each, sinks, decay, far_rope, sink_distance, native_sliding, on_unsupported)
+    windows, pools = _each("window", window, len(entries)), _each("retained", retained, len(entries))
+    for each, pool in dict.fromkeys(zip(windows, pools, strict=True)) or [(0, 0)]:
+        _check_options(each, sinks, pool, recency, decay, far_rope, sink_distance, native_sliding, on_unsupported)
     bounds = _bounds(softmax_window, len(entries))
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
@@ -290,6 +304,7 @@ def plan_model(
             layer.kind, layer.reason = "keep", f"has a sliding window of its own ({layer.native_window})"
         else:
             _fill(layer, feature_map, feature_map_options or {}, windows[layer.index], sinks, decay)
+            layer.retained, layer.recency = pools[layer.index], recency
             if getattr(modules[layer.index], "use_rope", True):
                 _settle_rope(layer, model, far_rope, sink_distance)
     plan = ConversionPlan(model.config.model_type, entries)
@@ -351,6 +366,7 @@ def _leave(layer: LayerPlan, reason: str, window: int | None) -> None:
     if window is not None and layer.supported and layer.native_window is None:
         layer.kind, layer.window = "bound", window
         layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
+        layer.retained = 0
 
 
 def _settle_rope(layer: LayerPlan, model: PreTrainedModel, far_rope: bool, sink_distance: int | None) -> None:
@@ -371,15 +387,19 @@ def _settle_rope(layer: LayerPlan, model: PreTrainedModel, far_rope: bool, sink_
 def _check_options(
     window: int,
     sinks: int,
+    retained: int,
+    recency: float,
     decay: str | None,
     far_rope: bool,
     sink_distance: int | None,
     native_sliding: str,
     on_unsupported: str,
 ) -> None:
-    for name, value in (("window", window), ("sinks", sinks)):
+    for name, value in (("window", window), ("sinks", sinks), ("retained", retained)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"{name}: got {value!r}, expected an integer ≥ 0.")
+    if isinstance(recency, bool) or not isinstance(recency, int | float) or not math.isfinite(recency):
+        raise OptionError(f"recency: got {recency!r}, expected a finite number.")
     if decay not in DECAYS:
         raise OptionError(f"decay: got {decay!r}, expected one of {', '.join(map(repr, DECAYS))}.")
     if not isinstance(far_rope, bool):
@@ -426,7 +446,12 @@ def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan
 def _check_layer(layer: LayerPlan) -> None:
     if not layer.supported:
         raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
-    _check_options(layer.window, layer.sinks, layer.decay, layer.far_rope, None, "keep", "error")
+    settled = (layer.window, layer.sinks, layer.retained, layer.recency, layer.decay, layer.far_rope)
+    _check_options(*settled, None, "keep", "error")
+    if layer.retained and not layer.causal:
+        raise ConversionError(
+            f"retained: {layer.path} ({layer.attention}) is bidirectional, and nothing of it is behind; use retained=0."
+        )
     if layer.sink_distance is not None and not layer.causal:
         raise ConversionError(
             f"sink_distance: {layer.path} ({layer.attention}) is bidirectional; use sink_distance=None."
@@ -461,6 +486,16 @@ def _check_layer(layer: LayerPlan) -> None:
         raise OptionError(
             f"sink_distance: {layer.path}: {layer.feature_map} replaces the attention as a whole and has no sinks; use "
             "sink_distance=None."
+        )
+    if layer.retained and isinstance(built, SequenceMap):
+        raise OptionError(
+            f"retained: {layer.path}: {layer.feature_map} replaces the attention as a whole and attends nothing "
+            "exactly; use retained=0."
+        )
+    if layer.retained and built.positional:
+        raise OptionError(
+            f"retained: {layer.path}: features of {layer.feature_map} are of a position, and tokens become far in the "
+            "order they drop out; use retained=0, or a map without positions."
         )
     _check_sink_distance(layer.sink_distance, layer.sinks)
     if layer.causal and not built.causal:

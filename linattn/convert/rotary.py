@@ -33,6 +33,7 @@ PROBE = 5
 
 FAR_ROPE = ("far_rope=False", "far_rope=True")
 SINK_DISTANCE = ("sink_distance", "sink_distance=None")
+SCORES = ("retained", "retained=0")
 """What a refusal names, and the remedy: options of a conversion that need to know the rotary embedding."""
 VARYING = ("dynamic", "longrope")
 """Kinds of embedding whose frequencies depend on the sequence's length: two positions have no angle between them."""

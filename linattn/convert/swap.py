@@ -21,6 +21,7 @@ from linattn.convert.hf import (
     CACHE_ATTRIBUTE,
     KEPT_ATTRIBUTE,
     NAME,
+    ROTATED_ATTRIBUTE,
     ROTATION_ATTRIBUTE,
     ConvertedAttention,
     Handover,
@@ -43,6 +44,8 @@ def convert_model(
     feature_map: MapSpec = "hedgehog",
     window: int | Sequence[int] = 128,
     sinks: int = 4,
+    retained: int | Sequence[int] = 0,
+    recency: float = 0.002,
     decay: str | None = None,
     far_rope: bool = True,
     sink_distance: int | None = None,
@@ -56,12 +59,13 @@ def convert_model(
 ) -> Model:
     """Replace the softmax attention of a transformers model by linear attention, in place.
 
-    Every layer that goes through transformers' attention interface attends ``window`` recent tokens and ``sinks``
-    first ones exactly and the rest through a feature map (see :func:`linattn.kernels.kernel_attention`). For
-    sequences of up to ``window + sinks`` tokens (bidirectional: ``window``; the least window of all layers) the
-    logits are the original's. Projections, rotary embedding, norms, softcaps, learned sink logits, tied weights,
-    dtype and device stay as they are; the new parameters live in ``<attention>.linattn``. The model's class becomes
-    a subclass of the one it had, and its cache a constant-size one.
+    Every layer that goes through transformers' attention interface attends ``window`` recent tokens, ``sinks`` first
+    ones and the ``retained`` best-scored ones between exactly, and the rest through a feature map (see
+    :func:`linattn.kernels.kernel_attention`). For sequences of up to ``window + retained + sinks`` tokens
+    (bidirectional: ``window``; the least sum of all layers) the logits are the original's. Projections, rotary
+    embedding, norms, softcaps, learned sink logits, tied weights, dtype and device stay as they are; the new
+    parameters live in ``<attention>.linattn``. The model's class becomes a subclass of the one it had, and its cache
+    a constant-size one.
 
     Args:
         model: any ``PreTrainedModel`` whose attention goes through the interface, causal or bidirectional.
@@ -90,6 +94,8 @@ def convert_model(
         "feature_map": feature_map,
         "window": window,
         "sinks": sinks,
+        "retained": retained,
+        "recency": recency,
         "decay": decay,
         "far_rope": far_rope,
         "sink_distance": sink_distance,
@@ -133,7 +139,8 @@ def revert_model(model: Model) -> Model:
     implementation = {}
     for module in model.modules():
         kept = module.__dict__.pop(KEPT_ATTRIBUTE, None)
-        for name in (CACHE_ATTRIBUTE, ROTATION_ATTRIBUTE, ROTARY_ATTRIBUTE, TURNS_ATTRIBUTE):
+        attributes = (CACHE_ATTRIBUTE, ROTATION_ATTRIBUTE, ROTATED_ATTRIBUTE, ROTARY_ATTRIBUTE, TURNS_ATTRIBUTE)
+        for name in attributes:
             module.__dict__.pop(name, None)
         if kept is None:
             continue

@@ -50,13 +50,13 @@ def calibrate(
     have no part in that mean. Decays start where over tokens of equal features their mean look-back would be
     softmax's, unless that raises the layer's error. A feature map that can adapt to data (``fit(q, k)`` of ``favor++``,
     ``favor#`` and ``nystrom``) is fitted to the queries and keys that the far branch sees, and stays so where that
-    lowers the layer's error: what is optimal for the kernel need not be for attention. Adam with a cosine schedule
-    does the rest.
+    lowers the layer's error: what is optimal for the kernel need not be for attention. Scores of retained tokens learn
+    from the first batch before all this, and from every later one. Adam with a cosine schedule does the rest.
 
     Args:
         model: a converted causal model.
-        batches: one ``[B, T]`` int64 batch of token ids a step, without padding; T should exceed window + sinks
-            several times. Each is read in one piece; the first one's T² numbers per head must fit in memory.
+        batches: one ``[B, T]`` int64 batch of token ids a step, without padding; T should exceed window + retained +
+            sinks several times. Each is read in one piece; the first one's T² numbers per head must fit in memory.
         learning_rate: of Adam, at the start. 0 only prepares.
         progress: called after each step with (steps done, loss).
 
@@ -68,7 +68,7 @@ def calibrate(
         NonFiniteError: no step gave finite gradients.
     """
     layers = trainable_layers(model)
-    steps = _checked(batches, nearest=max(module.window + module.sinks for module in layers.values()))
+    steps = _checked(batches, nearest=max(module.reach for module in layers.values()))
     if not 0 <= learning_rate < math.inf:
         raise OptionError(f"learning_rate: got {learning_rate!r}, expected a number ≥ 0.")
     stage = Transfer(
@@ -92,7 +92,7 @@ def _checked(batches: Iterable[Tensor], *, nearest: int) -> list[Tensor]:
             raise ShapeError(f"batches: got shape {tuple(batch.shape)}, expected [B, T] with B ≥ 1.")
         if batch.shape[1] <= nearest:
             raise OptionError(
-                f"batches: sequences of {batch.shape[1]} tokens fit in window + sinks = {nearest}, where the far "
-                "branch has no part; use longer ones."
+                f"batches: sequences of {batch.shape[1]} tokens fit in window + retained + sinks = {nearest}, where "
+                "the far branch has no part; use longer ones."
             )
     return steps

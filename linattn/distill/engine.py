@@ -127,7 +127,7 @@ class Objective:
 
     Attributes:
         parameters: the trained parameters by name.
-        held: other tensors that :meth:`prepare` may change, kept in checkpoints.
+        held: other tensors that :meth:`prepare` or a call may change, kept in checkpoints.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -399,7 +399,7 @@ def _write_back(parameters: Mapping[str, nn.Parameter], masters: dict[str, Tenso
 def _settings(model: nn.Module, objective: Objective, stage: Stage, tokens: Tensor) -> dict[str, Any]:
     """What a checkpoint and its continuation must have in common."""
     options = {key: value for key, value in dataclasses.asdict(stage).items() if key not in FREE}
-    trained = {id(p) for p in objective.parameters.values()}
+    trained = {id(p) for p in [*objective.parameters.values(), *objective.held.values()]}  # read from the checkpoint
     weights = 0
     for p in model.parameters():
         if id(p) not in trained and p.device.type != "meta":

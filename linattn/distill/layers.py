@@ -18,6 +18,8 @@ from linattn.errors import ConversionError
 
 SHORTEST = 8.0
 """Tokens of the shortest half-life that a decay starts with."""
+WHOLE: dict[str, Any] = {"window": 0, "sinks": 0}
+"""Edges beyond which all is far."""
 
 
 def trainable_layers(model: nn.Module, *, far: bool = True) -> dict[str, ConvertedAttention]:
@@ -66,9 +68,14 @@ def exact(
     k: Tensor,
     v: Tensor,
     options: dict[str, Any],
+    ends: Tensor | None = None,
     **other: int | None,
 ) -> SplitAttention:
-    """The softmax attention the layer stands for, split at its window and sinks, or with ``other`` edges."""
+    """The softmax attention the layer stands for, split at its window and sinks, or with ``other`` edges.
+
+    Args:
+        ends: the :func:`expiry` of its tokens, to count retained ones among the near.
+    """
     edges = {"window": module.window, "sinks": module.sinks, "native_window": module.native_window} | other
     return split_attention(
         q,
@@ -77,8 +84,14 @@ def exact(
         scale=module.feature_map.scale,
         softcap=options["softcap"],
         sink_logits=options["sink_logits"],
+        expiry=ends,
         **edges,  # type: ignore[arg-type]
     )
+
+
+def expiry(module: ConvertedAttention, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """``[B, Hkv, T]`` first query to which each token is far, by the layer's scores; None if it retains no tokens."""
+    return module.expiries(module.scores(k, v, options.get("rotation"))) if module.retained else None
 
 
 def relative_error(out: Tensor, target: Tensor) -> Tensor:
@@ -87,14 +100,25 @@ def relative_error(out: Tensor, target: Tensor) -> Tensor:
 
 
 def prepare(
-    module: ConvertedAttention, split: SplitAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    module: ConvertedAttention,
+    split: SplitAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+    ends: Tensor | None = None,
 ) -> None:
-    """Set the far bias; start decays at softmax's look-back, and fit the feature map, where the error falls by it."""
+    """Set the far bias; start decays at softmax's look-back, and fit the feature map, where the error falls by it.
+
+    Args:
+        split: softmax attention, split as the layer is. ends: the :func:`expiry` of its tokens.
+    """
+    of_first = None if ends is None else ends[:1]
     q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
 
     def match() -> None:
         assert module.far_bias is not None  # of a layer with a far branch
-        module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0]))
+        module.far_bias.copy_(_matching_bias(module, q_far[:1], k_far[:1], split.log_far[0], of_first))
 
     def error() -> float:
         return relative_error(ConvertedAttention.forward(module, q, k, v, **options), split.out).item()
@@ -108,23 +132,31 @@ def prepare(
 
     match()
     if module.decay is not None:
-        change(lambda: _look_back(module, split, q[:1], k[:1], options))
+        change(lambda: _look_back(module, split, q[:1], k[:1], options, of_first))
     fit = getattr(module.feature_map, "fit", None)
     if fit is not None:
         far_keys = k_far[:, module.sinks : k.shape[1] - module.window]
-        change(lambda: fit(q_far[:, module.window + module.sinks :], far_keys))
+        change(lambda: fit(q_far[:, module.reach :], far_keys))
 
 
 def _look_back(
-    module: ConvertedAttention, split: SplitAttention, q: Tensor, k: Tensor, options: dict[str, Any]
+    module: ConvertedAttention,
+    split: SplitAttention,
+    q: Tensor,
+    k: Tensor,
+    options: dict[str, Any],
+    ends: Tensor | None = None,
 ) -> None:
-    """Decays under which far tokens of equal features are looked back to as far, in the mean, as by softmax."""
-    length, kv_heads, first = q.shape[1], k.shape[2], module.window + module.sinks
+    """Decays under which far tokens of equal features are looked back to as far, in the mean, as by softmax.
+
+    Retained tokens are taken to be spread evenly among those.
+    """
+    length, kv_heads, first = q.shape[1], k.shape[2], module.reach
     at = torch.arange(length, device=q.device, dtype=torch.float32)
-    seen = exact(module, q, k, at[None, :, None, None].expand(1, -1, kv_heads, 1), options).far[0, first:, :, 0]
+    seen = exact(module, q, k, at[None, :, None, None].expand(1, -1, kv_heads, 1), options, ends).far[0, first:, :, 0]
     weight = split.far_share[0, first:].double().unflatten(1, (kv_heads, -1))
     distance = (at[first:, None] - module.window - seen).double().unflatten(1, (kv_heads, -1))
-    count = torch.arange(1, length - first + 1, device=q.device)
+    count = torch.arange(1, length - first + 1, device=q.device) + module.retained
     if module.native_window is not None:
         count = count.clamp_max(max(1, module.native_window - module.window))
     found = half_lives((weight * distance).sum((0, 2)), weight.sum(2), count)
@@ -160,10 +192,12 @@ def half_lives(distance: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     return torch.where(weight.sum(0) > 0, ((low + high) / 2).exp(), torch.nan)
 
 
-def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor) -> Tensor:
+def _matching_bias(
+    module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Tensor, ends: Tensor | None = None
+) -> Tensor:
     """``[H]`` mean over queries of softmax's ``log_far [T, H]`` − log(the map's far mass); 0 where none has both.
 
-    Queries and keys are those that the feature map sees.
+    Queries and keys, ``[1, T, …]``, are those that the feature map sees.
     """
     phi, length, groups = module.feature_map, q.shape[1], q.shape[2] // k.shape[2]
     at = torch.arange(length, device=q.device)
@@ -177,11 +211,13 @@ def _matching_bias(module: ConvertedAttention, q: Tensor, k: Tensor, log_far: Te
         clock = gates.expand(1, length, -1).cumsum(1)
         log_q, log_k = log_q + clock.repeat_interleave(groups, 2), log_k - clock
 
-    rows = slice(module.window + module.sinks, None)  # the queries that see anything far
-    far = (at[rows, None] - at >= module.window) & (at >= module.sinks)
+    rows = slice(module.reach, None)  # the queries that see anything far
+    if ends is None:
+        ends = (at + module.window).masked_fill(at < module.sinks, length).expand(1, k.shape[2], -1)
     bias = q.new_zeros(q.shape[2], dtype=torch.float32)
     for head in range(q.shape[2]):
         kernel = features_q[0, rows, head].float() @ features_k[0, :, head // groups].float().T
+        far = at[rows, None] >= ends[0, head // groups]
         log_scale = (log_q[0, rows, head, None] + log_k[0, :, head // groups]).masked_fill(~far, -torch.inf)
         top = log_scale.amax(1, keepdim=True)
         mass = ((log_scale - top).exp() * kernel).sum(1)

@@ -342,7 +342,7 @@ class Logits(Stage):
     without a far branch); ``"lora"``, low-rank updates of the linear layers of the converted attention (Hu et al. 2021,
     arXiv:2106.09685; in linear conversions: arXiv:2410.10254), merged at the end, which takes peft; ``"attention"``,
     the converted attention modules; ``"all"``, everything but the embeddings. Distillation of the logits with all
-    weights is stage 3 of arXiv:2408.10189.
+    weights is stage 3 of arXiv:2408.10189. Scores of retained tokens stay as they are: choosing has no gradient.
 
     Activation checkpointing that the model has switched on (``gradient_checkpointing_enable``) is used.
 
@@ -451,10 +451,13 @@ class Logits(Stage):
             chosen = {
                 name: p
                 for name, p in model.named_parameters()
-                if ("maps" in self.train and ".linattn." in name)
-                or ("lora" in self.train and ".lora_" in name)
-                or ("attention" in self.train and name.startswith(paths))
-                or ("all" in self.train and id(p) not in embeddings)
+                if ".linattn.score." not in name
+                and (
+                    ("maps" in self.train and ".linattn." in name)
+                    or ("lora" in self.train and ".lora_" in name)
+                    or ("attention" in self.train and name.startswith(paths))
+                    or ("all" in self.train and id(p) not in embeddings)
+                )
             }
             if not chosen:
                 raise OptionError(f"train: the model has no parameters of {self.train}; it has no far branch.")

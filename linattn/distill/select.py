@@ -194,9 +194,9 @@ def _layers(model: nn.Module, tokens: Tensor) -> tuple[dict[str, ConvertedAttent
     if tokens.ndim != 2 or not len(tokens) or tokens.is_floating_point():
         raise ShapeError(f"tokens: got {tokens.dtype} {tuple(tokens.shape)}, expected [N, T] token ids with N ≥ 1.")
     layers = trainable_layers(model)
-    nearest = max(module.window + module.sinks for module in layers.values())
+    nearest = max(module.reach for module in layers.values())
     if tokens.shape[1] <= nearest:
-        raise OptionError(f"tokens: windows of {tokens.shape[1]} tokens fit in window + sinks = {nearest}.")
+        raise OptionError(f"tokens: windows of {tokens.shape[1]} tokens fit in window + retained + sinks = {nearest}.")
     plan = ConversionPlan.from_dict(model.config.linattn)  # type: ignore[union-attr,arg-type]
     return layers, dict(zip(layers, (layer.index for layer in plan.converted), strict=True))
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linattn.errors import OptionError
+from linattn.state import EMPTY_LOG_SCALE
 
 CHUNK = 128
 """Queries whose logits stand in memory at a time, where torch has no fused attention."""
@@ -23,7 +24,8 @@ class SplitAttention(NamedTuple):
     (arXiv:2510.05901).
 
     Attributes:
-        near: ``[B, T, H, V]`` attention over sinks and window, and over a sink logit, which has no value.
+        near: ``[B, T, H, V]`` attention over sinks, window and retained tokens, and over a sink logit, which has no
+            value.
         far: ``[B, T, H, V]`` attention over all earlier tokens; zero where there are none.
         log_near: ``[B, T, H]`` log Σ exp(logit) of the near part; −∞ where it is empty.
         log_far: ``[B, T, H]`` that of the far part.
@@ -36,7 +38,7 @@ class SplitAttention(NamedTuple):
 
     @property
     def far_share(self) -> Tensor:
-        """``[B, T, H]`` share of the softmax mass that lies beyond window and sinks."""
+        """``[B, T, H]`` share of the softmax mass that is far."""
         return torch.sigmoid(self.log_far - self.log_near)
 
     @property
@@ -57,14 +59,16 @@ def split_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     native_window: int | None = None,
+    expiry: Tensor | None = None,
     chunk: int | None = None,
 ) -> SplitAttention:
     """Causal softmax attention of a layer, split into the part a converted layer computes exactly and the rest.
 
     What is far from query t are the keys sinks ≤ i ≤ t − window: causal attention of later queries to earlier keys. So
     two calls of torch's fused attention, of all keys and of the far ones, give both parts by their log-sum-exp; the
-    near part, found by difference, has the precision of its share of the mass. Where fused attention has no place (see
-    ``chunk``), logits are formed for some queries at a time.
+    near part, found by difference, has the precision of its share of the mass. Far keys that are told by their expiry
+    have a kernel of their own. Where fused attention has no place (see ``chunk``), logits are formed for some queries
+    at a time.
 
     Args:
         q: ``[B, T, H, D]``. k: ``[B, T, Hkv, D]``. v: ``[B, T, Hkv, V]``.
@@ -73,8 +77,11 @@ def split_attention(
         sink_logits: ``[H]`` logits that enter the normaliser with no value; they count as near.
         native_window: the layer's own sliding window: tokens beyond it have no part, sinks of a converted layer
             included, unless they lie within.
+        expiry: ``[B, Hkv, T]`` the first query to which each key is far, later than the window's end for retained
+            tokens and never for sinks (:meth:`ConvertedAttention.expiries`); None where nothing is retained.
         chunk: queries at a time; memory is then O(B · H · T · chunk). None for the fused attention, unless there is a
-            softcap, a sink logit or a window of the layer's own, V ≠ D, or float32 on a GPU. Work is O(T²).
+            softcap, a sink logit or a window of the layer's own, V ≠ D, float32 on a GPU, or an ``expiry`` elsewhere.
+            Work is O(T²).
 
     Returns:
         :class:`SplitAttention` in float32 (float64 for float64 inputs), without gradients.
@@ -83,8 +90,8 @@ def split_attention(
         raise OptionError(f"chunk: got {chunk!r}, expected an integer ≥ 1, or None.")
     batch, length, heads, _ = q.shape
     plain = softcap is None and sink_logits is None and (native_window is None or native_window >= length)
-    if chunk is None and plain and v.shape[-1] == q.shape[-1] and _is_fused(q):
-        return _by_difference(q, k, v, window + sinks, sinks, scale)
+    if chunk is None and plain and v.shape[-1] == q.shape[-1] and _is_fused(q) and (expiry is None or q.is_cuda):
+        return _by_difference(q, k, v, window + sinks, sinks, scale, expiry)
     chunk = chunk or CHUNK
     kv_heads, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     grouped = q.to(wide).view(batch, length, kv_heads, heads // kv_heads, -1) * scale
@@ -100,7 +107,10 @@ def split_attention(
         token = at[first:stop]
         gap = at[start:stop, None] - token
         seen = gap >= 0 if native_window is None else (gap >= 0) & (gap < native_window)
-        near = seen & ((gap < window) | (token < sinks))
+        if expiry is None:
+            near = seen & ((gap < window) | (token < sinks))
+        else:
+            near = seen & (at[start:stop, None] < expiry[:, :, None, None, first:stop])
         piece = []
         for where in (near, seen & ~near):
             weights = logits.masked_fill(~where, -torch.inf)
@@ -135,17 +145,25 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out.transpose(1, 2).to(wide), log_sum.transpose(1, 2).to(wide)
 
 
-def _by_difference(q: Tensor, k: Tensor, v: Tensor, first: int, sinks: int, scale: float) -> SplitAttention:
-    """The split of :func:`split_attention`; queries from ``first`` on see something far."""
+def _by_difference(
+    q: Tensor, k: Tensor, v: Tensor, first: int, sinks: int, scale: float, expiry: Tensor | None
+) -> SplitAttention:
+    """The split of :func:`split_attention`; queries from ``first`` on see something that left the window."""
     length = q.shape[1]
     out, log_sum = _fused(q, k, v, scale)
     far, log_far, log_near = torch.zeros_like(out), torch.full_like(log_sum, -torch.inf), log_sum
-    if first == 0:
+    if first == 0 and expiry is None:
         return SplitAttention(far, out, log_far, log_sum)
     if first < length:
-        last = length - first + sinks  # of the keys that are far from some query
-        part, log_part = _fused(q[:, first:], k[:, sinks:last], v[:, sinks:last], scale)
-        far, log_far = F.pad(part, [0, 0, 0, 0, first, 0]), F.pad(log_part, [0, 0, first, 0], value=-torch.inf)
+        if expiry is None:
+            last = length - first + sinks  # of the keys that are far from some query
+            part, log_part = _fused(q[:, first:], k[:, sinks:last], v[:, sinks:last], scale)
+            far, log_far = F.pad(part, [0, 0, 0, 0, first, 0]), F.pad(log_part, [0, 0, first, 0], value=-torch.inf)
+        else:
+            from linattn.kernels.triton.expiring import expiring_attention
+
+            part, log_part = expiring_attention(q, k, v, expiry, scale=scale, far=True)
+            far, log_far = part.to(out.dtype), log_part.masked_fill(log_part <= EMPTY_LOG_SCALE / 2, -torch.inf)
         rest = -torch.expm1((log_far - log_sum).clamp_max(0.0))  # the near share
         rest = rest.clamp_min(torch.finfo(q.dtype).eps ** 2)
         log_near = log_sum + rest.log()

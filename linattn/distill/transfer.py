@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from linattn.convert import ConvertedAttention
 from linattn.distill.engine import Batch, Objective, Stage, derived_seed
-from linattn.distill.layers import answered, exact, prepare, relative_error, trainable_layers
+from linattn.distill.layers import WHOLE, answered, exact, expiry, prepare, relative_error, trainable_layers
+from linattn.distill.scores import ScoreRegression, attended, explained
 from linattn.distill.targets import SplitAttention
 from linattn.errors import OptionError, UnsupportedError
 from linattn.kernels import kernel_attention
+from linattn.kernels.protocols import GivenFeatures, KernelFeatureMap
 
 PARTS = {"maps": ("feature_map.",), "decay": ("log_half_life", "gate_"), "far_bias": ("far_bias",)}
 """What can be trained of a converted layer, and how its parameters' names begin."""
@@ -38,6 +41,10 @@ class Transfer(Stage):
     among the metrics ``hybrid``, ``far``, ``mass``, means over the layers. A layer without window and sinks has nothing
     but a far branch, and its loss is the first term; ``without_window`` is that of the layers whose window is dropped.
 
+    Layers with retained tokens learn what to retain besides, see
+    :class:`~linattn.distill.scores.ScoreRegression`: ``score_r2`` is the part of the variance of the log attention
+    that tokens get which their scores tell, before they learn from the batch.
+
     Attributes:
         far_weight: of the error of the far branch's own output. With it at 0, and ``mass_weight`` too, a good window
             leaves the far branch little to do.
@@ -45,12 +52,16 @@ class Transfer(Stage):
         window_dropout: probability at the first and the last step that a layer is trained without window and sinks,
             its far branch reading all tokens; linear between them.
         train: which of ``"maps"``, ``"decay"``, ``"far_bias"`` train.
+        score_rate: learning rate of the scores at its highest; it rises and falls with the other.
+        score_steps: their steps on each batch.
     """
 
     far_weight: float = 1.0
     mass_weight: float = 0.1
     window_dropout: tuple[float, float] = (0.0, 0.0)
     train: tuple[str, ...] = ("maps", "decay", "far_bias")
+    score_rate: float = 3e-3
+    score_steps: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +71,11 @@ class Transfer(Stage):
             raise OptionError(f"window_dropout: got {self.window_dropout}, expected two probabilities, first and last.")
         if not self.train or not set(self.train) <= PARTS.keys():
             raise OptionError(f"train: got {self.train}, expected some of {', '.join(PARTS)}.")
+        if not (0 <= self.score_rate < math.inf and self.score_steps >= 1):
+            raise OptionError(
+                f"score_rate={self.score_rate}, score_steps={self.score_steps}: expected a number ≥ 0 and an integer "
+                "≥ 1."
+            )
 
     @contextlib.contextmanager
     def objective(self, model: nn.Module, teacher: Any = None) -> Iterator[LayerErrors]:
@@ -67,15 +83,15 @@ class Transfer(Stage):
 
         Raises:
             ConversionError: ``model`` has no converted causal layer with a far branch.
-            OptionError: ``length`` fits in the window.
+            OptionError: ``length`` fits in what a layer attends exactly.
             UnsupportedError: a layer's feature map has no far mass of its own.
         """
         layers = trainable_layers(model)
-        nearest = max(module.window + module.sinks for module in layers.values())
+        nearest = max(module.reach for module in layers.values())
         if self.length <= nearest:
             raise OptionError(
-                f"length: windows of {self.length} tokens fit in window + sinks = {nearest}, where the far branch has "
-                "no part; use longer ones."
+                f"length: windows of {self.length} tokens fit in window + retained + sinks = {nearest}, where the far "
+                "branch has no part; use longer ones."
             )
         # The output embedding has no part in it.
         yield LayerErrors(layers, self, getattr(model, "base_model", model))
@@ -94,7 +110,7 @@ class LayerErrors(Objective):
         self.split = any(self.weights.values())
         for path, module in layers.items():
             phi = module.feature_map
-            if self.split and module.window + module.sinks and (phi.positional or not phi.positive):
+            if self.split and module.reach and (phi.positional or not phi.positive):
                 kind = "positional" if phi.positional else "not positive"
                 raise UnsupportedError(
                     f"{path}: {type(phi).__name__} is {kind}, and its far branch has no output and mass of its own to "
@@ -109,18 +125,23 @@ class LayerErrors(Objective):
         self.parameters = {
             key: t for key, (name, t) in tensors.items() if isinstance(t, nn.Parameter) and name.startswith(begins)
         }
-        self.held = {key: t for key, (_, t) in tensors.items() if key not in self.parameters}
+        self.scores = ScoreRegression(layers, stage.score_rate, stage.score_steps)
+        self.held = {key: t for key, (_, t) in tensors.items() if key not in self.parameters} | self.scores.held
         self.errors: dict[str, float] = {}
         if not self.parameters:
             raise OptionError(f"train: these layers have no parameters of {stage.train}.")
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> None:
-        """Settle far biases, decays and maps that can be fitted; see :func:`linattn.distill.calibrate`."""
+        """Settle scores, far biases, decays and maps that can be fitted; see :func:`linattn.distill.calibrate`."""
 
         def answer(path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            split = exact(module, q, k, v, options)
-            prepare(module, split, q, k, v, options)
+            if path in self.scores.layers:
+                whole = exact(module, q, k, v, options, **WHOLE)
+                self.scores.prepare(path, *attended(module, q, k, v, options, whole))
+            ends = expiry(module, k, v, options)
+            split = exact(module, q, k, v, options, ends)
+            prepare(module, split, q, k, v, options, ends)
             return split.out.to(v.dtype)
 
         self._forward(batch, answer)
@@ -131,11 +152,13 @@ class LayerErrors(Objective):
         rate = 0.0 if batch.held_out else first + (last - first) * batch.step / max(1, self.stage.steps - 1)
         draw = torch.Generator().manual_seed(derived_seed(self.stage.seed, "window dropout", batch.step))
         dropped = {path for path in self.layers if torch.rand((), generator=draw).item() < rate}
+        part = self.stage.rate(batch.step) / (self.stage.learning_rate or 1.0)
         terms: dict[str, dict[str, Tensor]] = {}
 
         def answer(path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            apart = self.split and path not in dropped and module.window + module.sinks > 0
-            split = exact(module, q, k, v, options, **({} if apart else {"window": 0, "sinks": 0}))
+            apart = self.split and path not in dropped and module.reach > 0
+            ends = expiry(module, k, v, options) if apart else None
+            split = exact(module, q, k, v, options, ends, **({} if apart else WHOLE))
             with torch.enable_grad():
                 if path in dropped:
                     found = {"without_window": relative_error(_far_alone(module, q, k, v, options), split.out)}
@@ -144,10 +167,15 @@ class LayerErrors(Objective):
                     found = {"hybrid": relative_error(out, split.out)}
                 if apart:
                     q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
-                    found |= self._far_errors(module, q_far, k_far, v, split)
+                    found |= self._far_errors(module, q_far, k_far, v, split, ends)
                 loss = torch.stack([self.weights.get(name, 1.0) * error for name, error in found.items()]).sum()
             loss.backward()  # at once, to free the layer's activations
             terms[path] = {"loss": loss.detach()} | {name: error.detach() for name, error in found.items()}
+            if path in self.scores.layers:
+                keys, values, share = attended(module, q, k, v, options, split)
+                terms[path]["score_r2"] = explained(module.score(keys, values), share)  # type: ignore[misc]
+                if not batch.held_out:
+                    self.scores(path, keys, values, share, part)
             return split.out.to(v.dtype)
 
         self._forward(batch, answer)
@@ -160,18 +188,18 @@ class LayerErrors(Objective):
         return {name: sum(found) / len(found) for name, found in by_name.items()}
 
     def _far_errors(
-        self, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, split: SplitAttention
+        self, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, split: SplitAttention, ends: Tensor | None
     ) -> dict[str, Tensor]:
         """Errors of the far output and of the log far mass, those that have a weight, of queries with something far."""
-        rows, _ = _far_tokens(module, q)
+        rows = slice(module.reach, None)
         log_far, found = split.log_far[:, rows], {}
         held = log_far.isfinite()  # a sliding window of the layer's own may leave softmax nothing far
         if self.weights["far"]:
-            far = torch.where(held[..., None], far_output(module, q, k, v), 0.0)
+            far = torch.where(held[..., None], far_output(module, q, k, v, ends), 0.0)
             found["far"] = relative_error(far, split.far[:, rows])
         if self.weights["mass"]:
             target = torch.where(held, log_far, 0.0)
-            error = torch.where(held, far_log_mass(module, q, k, target) - target, 0.0)
+            error = torch.where(held, far_log_mass(module, q, k, target, ends) - target, 0.0)
             found["mass"] = error.square().sum() / held.sum().clamp_min(1)
         return found
 
@@ -181,85 +209,125 @@ class LayerErrors(Objective):
 
 
 def _far_alone(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """The far branch over all tokens, without window and sinks."""
-    window, sinks = module.window, module.sinks
-    module.window = module.sinks = 0
+    """The far branch over all tokens, without window, sinks and retained tokens."""
+    window, sinks, retained = module.window, module.sinks, module.retained
+    module.window = module.sinks = module.retained = 0
     try:
         return ConvertedAttention.forward(module, q, k, v, **options)
     finally:
-        module.window, module.sinks = window, sinks
+        module.window, module.sinks, module.retained = window, sinks, retained
 
 
-def far_output(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Output of the far branch normalised by itself, of the queries t ≥ window + sinks: ``[B, T', H, V]``.
+def far_output(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None = None) -> Tensor:
+    """Output of the far branch normalised by itself, of the queries t ≥ R that have something far: ``[B, T', H, V]``.
 
-    What is far from query t are the keys sinks ≤ i ≤ t − window, so with queries from ``window + sinks`` on and keys
-    from ``sinks`` to T − ``window`` it is causal attention without a window, in the dtype of ``v``. Decay over the
-    window is a factor of each query and head, and so is the far bias: both cancel.
+    Decay between a query and its slot is a factor of each query and head, and so is the far bias: both cancel.
 
     Args:
         module: a converted layer whose map is positive and not positional.
         q, k: what its feature map sees (:meth:`ConvertedAttention.far_inputs`). v: as it is called with.
+        ends: the expiry of its tokens (:func:`linattn.distill.layers.expiry`) if it retains some.
     """
-    rows, keys = _far_tokens(module, q)
-    gates = module.log_gates(k)
-    return kernel_attention(
-        q[:, rows],
-        k[:, keys],
-        v[:, keys],
-        feature_map=module.feature_map,
-        decay=gates if gates is None or gates.ndim == 1 else gates[:, keys],
-    ).out
+    far = far_branch(module, q, k, ends)
+    out = kernel_attention(far.q, far.k, far.take(v).to(far.k.dtype), feature_map=far.feature_map, decay=far.decay).out
+    return out.to(v.dtype)
 
 
-def far_log_mass(module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor) -> Tensor:
-    """Log mass of the far branch at the queries t ≥ window + sinks: ``[B, T', H]``, in float32 at least.
+def far_log_mass(module: ConvertedAttention, q: Tensor, k: Tensor, guess: Tensor, ends: Tensor | None = None) -> Tensor:
+    """Log mass of the far branch at the queries t ≥ R: ``[B, T', H]``, in float32 at least.
 
     The queries and keys of :func:`far_output` after one more token, a sink whose logit for each query is ``guess``.
     Values that say which is which give both shares of the common normaliser:
 
         log F = guess + log far share − log sink share
 
-    Decay runs over the window too: exp(Σ log-gates of the last ``window`` tokens) divides the sink's mass instead.
-    The shares are computed in the dtype of ``q``, float16 excepted, whose range they leave; so that its precision is
-    theirs, the logit is the sum of two numbers, itself and the rest of its rounding.
+    What all far weights of a query have in common beyond those of the slots divides the sink's mass instead. The shares
+    are computed in the dtype of ``q``, float16 excepted, whose range they leave; so that its precision is theirs, the
+    logit is the sum of two numbers, itself and the rest of its rounding.
 
     Args:
-        module, q, k: as in :func:`far_output`.
+        module, q, k, ends: as in :func:`far_output`.
         guess: ``[B, T', H]`` finite, within some 80 nats of the log mass.
     """
-    rows, keys = _far_tokens(module, q)
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    far = far_branch(module, q.to(dtype), k.to(dtype), ends)
+    dtype = far.k.dtype
     guess = guess.to(torch.promote_types(dtype, torch.float32))
-    q, k = q.to(dtype), k.to(dtype)
-    logit, gates = guess, module.log_gates(k)
-    if gates is not None:
-        clock = F.pad(gates.expand(*k.shape[:3]).cumsum(1), [0, 0, 1, 0])
-        over_window = clock[:, rows.start + 1 :] - clock[:, keys.start + 1 : keys.stop + 1]
-        logit = guess - over_window.repeat_interleave(q.shape[2] // k.shape[2], 2)
-        gates = gates if gates.ndim == 1 else _after_one(gates[:, keys])
+    logit = guess if far.log_factor is None else guess - far.log_factor
     rounded = logit.to(dtype)
-    sink = F.pad(torch.zeros_like(k[:, keys, :, 0]), [0, 0, 1, 0], value=1.0)
+    sink = F.pad(torch.zeros_like(far.k[..., 0]), [0, 0, 1, 0], value=1.0)
+    gates = far.decay
     shares = kernel_attention(
         _after_one(torch.stack([rounded, (logit - rounded).to(dtype)], -1)),
         torch.stack([sink, sink], -1),
         torch.stack([1 - sink, sink], -1),
-        feature_map=module.feature_map,
+        feature_map=far.feature_map,
         sinks=1,
-        decay=gates,
+        decay=gates if gates is None or gates.ndim == 1 else _after_one(gates),
         far_bias=module.far_bias,
         scale=1.0,
-        q_far=_after_one(q[:, rows]),
-        k_far=_after_one(k[:, keys]),
+        q_far=_after_one(far.q),
+        k_far=_after_one(far.k),
     ).out[:, 1:]
-    far, other = shares.to(guess.dtype).clamp_min(torch.finfo(dtype).tiny).log().unbind(-1)
-    return guess + far - other
+    share, other = shares.to(guess.dtype).clamp_min(torch.finfo(dtype).tiny).log().unbind(-1)
+    return guess + share - other
 
 
-def _far_tokens(module: ConvertedAttention, q: Tensor) -> tuple[slice, slice]:
-    """The queries to which something is far, and the keys that are far from some query."""
-    length = q.shape[1]
-    return slice(module.window + module.sinks, length), slice(module.sinks, length - module.window)
+class FarBranch(NamedTuple):
+    """A far branch as causal attention without a window: far from the query of a slot are the keys up to that slot.
+
+    Attributes:
+        q: ``[B, T', H, D']``, k: ``[B, T', Hkv, D']`` what ``feature_map`` sees. take: picks the slots of what is laid
+            out as keys are.
+        decay: from slot to slot, as the operator takes it.
+        log_factor: ``[B, T', H]`` what the log far weights of each query are beyond those of the slots; None for 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    take: Callable[[Tensor], Tensor]
+    feature_map: KernelFeatureMap
+    decay: Tensor | None
+    log_factor: Tensor | None
+
+
+def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, ends: Tensor | None) -> FarBranch:
+    """The queries t ≥ R = window + retained + sinks, and the keys that are far from some of them, in slots.
+
+    Without retained tokens these are the keys sinks ≤ i ≤ T − window, and decay over the window is a factor of each
+    query. With them one key expires with every query from R on: in order of expiry, each in the slot of the query to
+    which it is far first, keys come as features with their decay until then. Arguments as of :func:`far_output`.
+    """
+    phi, length, groups = module.feature_map, q.shape[1], q.shape[2] // k.shape[2]
+    rows, gates, log_factor = slice(module.reach, length), module.log_gates(k), None
+    clock = None if gates is None else gates.expand(*k.shape[:3]).cumsum(1)
+    if ends is None:
+        keys = slice(module.sinks, length - module.window)
+        if gates is not None and clock is not None:
+            log_factor = (clock[:, rows] - clock[:, keys]).repeat_interleave(groups, 2)
+            gates = gates if gates.ndim == 1 else gates[:, keys]
+        return FarBranch(q[:, rows], k[:, keys], lambda x: x[:, keys], phi, gates, log_factor)
+
+    order = ends.argsort(-1)[..., : length - module.reach].transpose(1, 2)  # [B, T', Hkv]
+
+    def take(x: Tensor) -> Tensor:
+        return x.gather(1, order[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+    queries, log_factor = phi.forward_queries(q[:, rows])
+    features, log_scale = phi.forward_keys(take(k))
+    wide = torch.promote_types(features.dtype, torch.float32)
+    if gates is not None and clock is not None:
+        waited = clock[:, rows] - clock.gather(1, order)
+        if log_scale is None:
+            features = (features.to(wide) * waited.exp()[..., None]).to(features.dtype)
+        else:
+            log_scale = log_scale + waited
+        gates = gates if gates.ndim == 1 else gates[:, rows]
+    if log_scale is not None:
+        features = torch.cat([features.to(wide), log_scale[..., None].to(wide)], -1)
+        queries = F.pad(queries.to(wide), [0, 1])
+    given = GivenFeatures(phi.feature_dim, log_scaled=log_scale is not None)
+    return FarBranch(queries, features, take, given, gates, log_factor)
 
 
 def _after_one(x: Tensor) -> Tensor:

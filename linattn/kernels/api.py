@@ -51,12 +51,15 @@ def kernel_attention(
     state: AttentionState | None = None,
     return_state: bool = False,
     lookback: int = 0,
+    retained: int = 0,
+    scores: Tensor | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
     """Attention over ``window`` recent tokens and ``sinks`` exactly, over the rest through feature maps.
 
-    For query t, near(t) = sinks ∪ the last ``window`` tokens (t included) and far(t) = every earlier token not near:
+    For query t, near(t) = sinks ∪ the last ``window`` tokens (t included) ∪ the ``retained`` best-scored tokens behind
+    them, and far(t) = every earlier token not near:
 
         out_t = Σ_i w_ti v_i / Σ_i w_ti,   w_ti = exp(scale · q_t·k_i)                        for i in near(t)
                                            w_ti = exp(far_bias + G_t − G_i) φ_q(q_t)·φ_k(k_i)  for i in far(t)
@@ -89,6 +92,12 @@ def kernel_attention(
         state: memory of earlier tokens, N = B (or N = the packed sequences).
         return_state: also return the memory after the last token.
         lookback: tokens that the returned state can roll back.
+        retained: tokens M behind the window that are attended exactly, for each key/value head the best-scored so far,
+            sinks not counted; of equal scores the older. A score is settled when its token is written, so one that
+            drops out never comes back: it goes on in the far branch, decayed by its true age. ("Locret",
+            arXiv:2410.01805, trains such scores for evicting a cache.) Causal only.
+        scores: ``[B, T, Hkv]`` floating point, what each token is worth keeping; read without gradients. With
+            ``retained`` only.
         chunk_size: tokens per chunk of the chunked implementation.
         impl: ``"reference"`` (dense), ``"chunked"`` (PyTorch, O(T) memory), ``"triton"`` (GPU kernels; raises
             :class:`~linattn.errors.UnsupportedError` with the reason where they cannot run) or ``"auto"``: Triton
@@ -120,6 +129,8 @@ def kernel_attention(
         return_state=return_state,
         lookback=lookback,
         chunk_size=chunk_size,
+        retained=retained,
+        scores=scores,
     )
     return AttentionOutput(*dispatch(call, impl))
 

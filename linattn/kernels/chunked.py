@@ -8,6 +8,7 @@ earlier chunk. The memories of all chunks come from one prefix sum, so there is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
         if call.mask is None:
             return _attend_step(call)
         if length == 1 and call.lookback >= call.state.lookback:
-            return _attend_masked_step(call, call.mask[:, 0], call.state)
+            return masked_step(call, call.mask[:, 0], call.state, _attend_step)
     if not call.causal and call.window == 0 and call.cu_seqlens is None:
         return _attend_all(call), None
     segment = _segment(call)
@@ -107,6 +108,7 @@ def empty_state(call: Call) -> AttentionState:
         lookback=call.lookback,
         far_head_dim=None if call.k_far is None else call.k_far.shape[-1],
         decay=call.decay is not None,
+        retained=call.retained,
         dtype=call.v.dtype,
         device=call.v.device,
     )
@@ -133,7 +135,7 @@ def key_features(call: Call, k: Tensor, positions: Tensor) -> tuple[Tensor | Non
     return features_of(call, "keys", k, positions)
 
 
-def _queries(call: Call, q: Tensor, features: Tensor | None, log_scale: Tensor | None, c: int) -> Queries:
+def queries_of(call: Call, q: Tensor, features: Tensor | None, log_scale: Tensor | None, c: int) -> Queries:
     """``[R, n · C, H, ·]`` to ``[R, h, n, G, C, ·]``."""
     h = call.k.shape[2]
     return Queries(
@@ -212,7 +214,7 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     reach = -(-(w - 1) // c) if w > 1 else 0
     reach = reach if reach < lay.chunks else lay.chunks - 1
     after = 0 if call.causal else reach
-    queries = _queries(call, q, phi_q, log_q, c)
+    queries = queries_of(call, q, phi_q, log_q, c)
     key_blocks, value_blocks = _chunks(k.to(sums), c), _chunks(v.to(sums), c)
 
     # Which of the extended keys each query sees, and how.
@@ -234,7 +236,7 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
         exact.append(Exact(_extend(key_blocks, reach, after), _extend(value_blocks, reach, after), seen & near_gap))
     sink_k = sink_v = None
     if call.sinks:
-        sink_k, sink_v, sink_there = _sinks(call, lay, k, v)
+        sink_k, sink_v, sink_there = sinks_of(call, lay, k, v)
         exact.append(_sink_block(call, lay, sink_k, sink_v, sink_there, at)._replace(q=q_sink))
 
     far: list[Far] = []
@@ -359,7 +361,7 @@ def _begin_with(
             at_end = log_scale + since[:, :, 0, -1].to(call.sums)
         log_weight = log_weight.expand(-1, -1, blocks, -1)
         log_weight = F.pad(log_weight, [0, 0, 0, lay.chunks - blocks], value=EMPTY_LOG_SCALE)
-        first = _merge([Memory(kv, k, at_end), Memory(*(x[:, :, 0] for x in memory))])
+        first = merge([Memory(kv, k, at_end), Memory(*(x[:, :, 0] for x in memory))])
     carried = Memory(*(torch.cat([x.unsqueeze(2), rest[:, :, 1:]], 2) for x, rest in zip(first, memory, strict=True)))
     return carried, Summed(kv.unsqueeze(2), k.unsqueeze(2), log_weight, blocks=blocks)
 
@@ -393,7 +395,7 @@ def _attend_all(call: Call) -> Tensor:
 
     phi_q, log_q = query_features(call, call.q if call.q_far is None else call.q_far, query_at)
     phi_k, log_k = key_features(call, k_far, key_at)
-    queries = _queries(call, call.q, phi_q, log_q, length)
+    queries = queries_of(call, call.q, phi_q, log_q, length)
 
     exact: list[Exact] = []
     if call.sinks:
@@ -421,7 +423,7 @@ def _attend_all(call: Call) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- sinks
 
 
-def _sinks(call: Call, lay: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sinks_of(call: Call, lay: Layout, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, values ``[N, S, h, ·]`` of each sequence's first tokens, and which exist ``[N, S]``."""
     at = torch.arange(call.sinks, device=k.device)
     there = at < lay.length[:, None]
@@ -453,7 +455,7 @@ def _sink_block(call: Call, lay: Layout, sink_k: Tensor, sink_v: Tensor, there: 
 # ---------------------------------------------------------------------------------------------------------- state
 
 
-def _merge(parts: list[Memory]) -> Memory:
+def merge(parts: list[Memory]) -> Memory:
     """The sum of memories seen from the same time."""
     top = torch.stack([p.log_scale for p in parts]).amax(0).detach()
     weights = [(p.log_scale - top).exp() for p in parts]
@@ -511,7 +513,7 @@ def _final_state(
         )
         if not lay.packed:  # the running sums began with the state's
             memory = memory._replace(log_scale=torch.where(there[:, None], EMPTY_LOG_SCALE, memory.log_scale))
-        memory = _merge(
+        memory = merge(
             [
                 memory,
                 Memory(
@@ -569,7 +571,7 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     near = gap < call.window
 
     phi_q, log_q = query_features(call, call.q if call.q_far is None else call.q_far, at)
-    queries = _queries(call, call.q, phi_q, log_q, length)
+    queries = queries_of(call, call.q, phi_q, log_q, length)
     key_block, value_block = (x.to(sums).transpose(1, 2)[:, :, None] for x in (k, v))
 
     exact: list[Exact] = []
@@ -577,17 +579,8 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
         exact.append(Exact(key_block, value_block, seen & near))
     sink_k, sink_v = state.sink_k, state.sink_v
     if call.sinks:
-        first = torch.arange(call.sinks, device=device)
-        # Sinks still in the ring, or arriving now, are copied to their place first.
-        slots = first - key_at[:, :1]  # [N, S]
-        live = (first >= state.folded[:, None]) & (first < state.length[:, None] + length)
-        index = slots.clamp(0, ring + length - 1)[..., None, None]
-        sink_k = torch.where(live[..., None, None], k.gather(1, index.expand(-1, -1, *k.shape[2:])), sink_k.to(k.dtype))
-        sink_v = torch.where(live[..., None, None], v.gather(1, index.expand(-1, -1, *v.shape[2:])), sink_v.to(v.dtype))
-        sink_gap = (at[:, :, None] - first)[:, None, None]
-        sink_blocks = [x.to(sums).transpose(1, 2)[:, :, None] for x in (sink_k, sink_v)]
-        q_sink = None if call.q_sink is None else _split(call.q_sink.to(sums), call.k.shape[2], length)
-        exact.append(Exact(sink_blocks[0], sink_blocks[1], sink_gap >= call.window, q_sink))
+        sink_k, sink_v, own = step_sinks(call, state, k, v)
+        exact.append(own)
 
     far: list[Far] = []
     summed: list[Summed] = []
@@ -621,7 +614,7 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
             leave_log = features.new_zeros(features.shape[0], features.shape[1], old)
         if old:
             gone = summarise(features, far_v, leave_log[:, :, None], leaves[:, None, None].to(sums))
-            memory = _merge([memory, Memory(gone.kv[:, :, 0], gone.k[:, :, 0], gone.log_scale[:, :, 0])])
+            memory = merge([memory, Memory(gone.kv[:, :, 0], gone.k[:, :, 0], gone.log_scale[:, :, 0])])
 
     out = read(queries, exact, far, summed, scale=call.scale, softcap=call.softcap, sink_logits=_sink_logits(call))
     out = _merge_heads(out, call.v.dtype)
@@ -649,7 +642,34 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     )
 
 
-def _attend_masked_step(call: Call, arrived: Tensor, before: AttentionState) -> tuple[Tensor, AttentionState | None]:
+def step_sinks(call: Call, state: AttentionState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Exact]:
+    """Keys and values ``[N, S, h, ·]`` of the sinks after a step, and the block in which its queries meet them.
+
+    ``k, v [N, W + T, h, ·]``: of the ring and the new tokens.
+    """
+    length, ring, sums, device = call.q.shape[1], state.recent_k.shape[1], call.sums, call.k.device
+    first = torch.arange(call.sinks, device=device)
+    # Sinks still in the ring, or arriving now, are copied to their place first.
+    slots = first - (state.length[:, None] - ring)  # [N, S]
+    live = (first >= state.folded[:, None]) & (first < state.length[:, None] + length)
+    index = slots.clamp(0, ring + length - 1)[..., None, None]
+    sink_k, sink_v = (
+        torch.where(live[..., None, None], x.gather(1, index.expand(-1, -1, *x.shape[2:])), old.to(x.dtype))
+        for x, old in ((k, state.sink_k), (v, state.sink_v))
+    )
+    at = state.length[:, None] + torch.arange(length, device=device)
+    gap = (at[:, :, None] - first)[:, None, None]
+    blocks = [x.to(sums).transpose(1, 2)[:, :, None] for x in (sink_k, sink_v)]
+    q_sink = None if call.q_sink is None else _split(call.q_sink.to(sums), call.k.shape[2], length)
+    return sink_k, sink_v, Exact(blocks[0], blocks[1], gap >= call.window, q_sink)
+
+
+def masked_step(
+    call: Call,
+    arrived: Tensor,
+    before: AttentionState,
+    step: Callable[[Call], tuple[Tensor, AttentionState | None]],
+) -> tuple[Tensor, AttentionState | None]:
     """One new token for the rows that have ``arrived [N]``; the others answer zero and keep their state."""
 
     def per_row(x: Tensor) -> Tensor:
@@ -660,7 +680,7 @@ def _attend_masked_step(call: Call, arrived: Tensor, before: AttentionState) -> 
 
     names = ("q", "k", "v", "q_far", "k_far", "q_sink", "decay")
     inputs: dict[str, Any] = {name: wipe(getattr(call, name)) for name in names}
-    out, after = _attend_step(dataclasses.replace(call, **inputs, mask=None))
+    out, after = step(dataclasses.replace(call, **inputs, mask=None))
     out = torch.where(per_row(out), out, 0)
     if after is None:
         return out, None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +19,17 @@ from linattn.state import AttentionState
 logger = logging.getLogger("linattn")
 
 
-def _triton(call: Call) -> tuple[Tensor, AttentionState | None]:
+def _triton_backend() -> Any:
     try:
         from linattn.kernels.triton import backend
     except ImportError as error:
         raise UnsupportedError(f"impl='triton': Triton cannot be imported ({error}); use impl='chunked'.") from error
-    return backend.attend(call)
+    return backend
+
+
+def _triton(call: Call) -> tuple[Tensor, AttentionState | None]:
+    found: tuple[Tensor, AttentionState | None] = _triton_backend().attend(call)
+    return found
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, AttentionState | None]]] = {
@@ -54,10 +61,21 @@ def dispatch(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
     if impl == "auto":
         impl = choose(call)
         _announce(impl)
+    run = IMPLEMENTATIONS[impl]
+    if call.retained and impl != "reference":
+        if impl == "triton":
+            _triton_backend().check(call)
+        run = functools.partial(_attend_retained, impl=impl)
     if call.autocast is None:
-        return IMPLEMENTATIONS[impl](call)
+        return run(call)
     with autocast(call.q, None):  # sums and normalisers are float32 whatever the caller computes in
-        return IMPLEMENTATIONS[impl](call)
+        return run(call)
+
+
+def _attend_retained(call: Call, *, impl: str) -> tuple[Tensor, AttentionState | None]:
+    from linattn.kernels import retain  # which calls this module for the far part
+
+    return retain.attend(call, impl)
 
 
 def _announce(impl: str) -> None:
@@ -72,6 +90,7 @@ def _attend_whole_sequence(call: Call, attend: Callable[..., Tensor]) -> Tensor:
     extras = {
         "window": call.window,
         "sinks": call.sinks,
+        "retained": call.retained,
         "far_bias": call.far_bias is not None,
         "softcap": call.softcap is not None,
         "sink_logits": call.sink_logits is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class Tokens(NamedTuple):
     k_far: Tensor  # [T, Hkv, D']
     decay: Tensor  # [T, Hkv]
     positions: Tensor  # [T]
+    clock: Tensor  # [T, Hkv], the running sum of decay, zero at the last token before the new ones
+    scores: Tensor | None = None  # [T, Hkv], −∞ in empty slots
 
 
 def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
@@ -74,6 +76,7 @@ def _empty_state(call: Call, n: int) -> AttentionState:
         lookback=call.lookback,
         far_head_dim=None if call.k_far is None else call.k_far.shape[-1],
         decay=call.decay is not None,
+        retained=call.retained,
         dtype=call.v.dtype,
         device=call.v.device,
     )
@@ -109,15 +112,20 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     far_k = call.k if call.k_far is None else call.k_far
     old_far_k = old.recent_k if old.recent_far_k is None else old.recent_far_k
     sink_far_k = far_k.new_zeros(kept_sinks, *far_k.shape[2:])  # sinks are never far
+    decay = torch.cat([new_decay.new_zeros(kept_sinks, call.k.shape[2]), old_decay, new_decay])
+    clock = decay.cumsum(0)
     t = Tokens(
         k=torch.cat([old.sink_k[0, :kept_sinks], old.recent_k[0, first:], call.k[row, keys]]),
         v=torch.cat([old.sink_v[0, :kept_sinks], old.recent_v[0, first:], call.v[row, keys]]),
         k_far=torch.cat([sink_far_k, old_far_k[0, first:], far_k[row, keys]]),
-        decay=torch.cat([new_decay.new_zeros(kept_sinks, call.k.shape[2]), old_decay, new_decay]),
+        decay=decay,
         positions=torch.cat(
             [torch.arange(kept_sinks, device=device), torch.arange(folded, past + len(keys), device=device)]
         ),
+        clock=clock - clock[: len(clock) - len(keys)][-1:].sum(0),
     )
+    if call.retained:
+        t = _with_kept(call, t, old, row, keys)
     q = call.q[row, queries].to(sums)
     q_far = (call.q if call.q_far is None else call.q_far)[row, queries]
     at = past + torch.arange(len(queries), device=device)  # positions of the queries
@@ -128,7 +136,13 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     seen = gap >= 0 if call.causal else torch.ones_like(gap, dtype=torch.bool)
     is_sink = (t.positions < sinks)[None, :]
     near = seen & ((gap < window) & (gap > -window) | is_sink)
-    far = seen & ~near & (call.feature_map is not None)
+    far = seen & ~near
+    if t.scores is not None:
+        there = t.scores.isfinite().T[:, None] & ~is_sink  # [Hkv, 1, Tk]
+        left = there & (gap >= window)
+        kept = _best(t.scores, left, call.retained)
+        near, far = (x.repeat_interleave(groups, 0) for x in (near | kept, left & ~kept))
+    far = far & (call.feature_map is not None)
 
     def heads(x: Tensor) -> Tensor:  # [T, Hkv, ...] -> [T, H, ...]
         return x.repeat_interleave(groups, dim=1)
@@ -137,8 +151,7 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     phi_k, log_k = _features(call, "keys", t.k_far, t.positions)
     if call.far_bias is not None:
         log_q = log_q + call.far_bias.to(sums)
-    total = t.decay.cumsum(0)  # [Tk, Hkv]
-    since_old = (total - total[: len(t.positions) - len(keys)][-1:].sum(0)) if len(t.positions) else total
+    total = t.clock
     total_q = total[len(t.positions) - len(keys) :] if call.causal else total.new_zeros(len(queries), total.shape[1])
 
     logits = torch.einsum("qhd,khd->hqk", q, heads(t.k.to(sums))) * call.scale
@@ -153,8 +166,7 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     if call.causal:
         log_far = log_far + heads(total_q).T[:, :, None] - heads(total).T[:, None, :]
     log_far = log_far.masked_fill(~far, -torch.inf)
-    memory_decay = since_old[len(t.positions) - len(keys) :] if call.causal else total_q
-    log_memory = log_q.T + heads(old.log_scale.to(sums) + memory_decay).T  # [H, Tq]
+    log_memory = log_q.T + heads(old.log_scale.to(sums) + total_q).T  # [H, Tq]
 
     kernel = torch.einsum("qhf,khf->hqk", phi_q, heads(phi_k))
     old_kv, old_k = (x[0].to(sums).repeat_interleave(groups, 0) for x in (old.kv, old.k))
@@ -175,21 +187,53 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
     if call.sink_logits is not None:
         den = den + (call.sink_logits.to(sums)[:, None] - shift[:, :, 0]).exp().T
     out = num / safe_denominator(den)[..., None]
-    return out, _fold(call, old, t, phi_k, log_k, since_old, past + len(keys))
+    return out, _fold(call, old, t, phi_k, log_k, past + len(keys))
 
 
-def _fold(
-    call: Call, old: AttentionState, t: Tokens, phi_k: Tensor, log_k: Tensor, since_old: Tensor, length: int
-) -> AttentionState:
+def _with_kept(call: Call, t: Tokens, old: Any, row: int, keys: Tensor) -> Tokens:
+    """Tokens with scores, and the state's slots before the others, all at the position before the ring."""
+    assert call.scores is not None
+    kept_far = old.kept_k if old.kept_far_k is None else old.kept_far_k
+    zeros = t.decay.new_zeros(call.retained, t.decay.shape[1])
+    kept_clock = zeros if old.kept_decay is None else -old.kept_decay[0].to(zeros.dtype)
+    length, folded = int(old.length), int(old.folded)
+    slots = call.retained if folded > call.sinks else 0
+    known = torch.cat([old.recent_score[0, old.recent_score.shape[1] - (length - folded) :], call.scores[row, keys]])
+    scores = known.new_full(t.decay.shape, -torch.inf)
+    scores[len(scores) - len(known) :] = known
+    return Tokens(
+        k=torch.cat([old.kept_k[0, :slots].to(t.k), t.k]),
+        v=torch.cat([old.kept_v[0, :slots].to(t.v), t.v]),
+        k_far=torch.cat([kept_far[0, :slots].to(t.k_far), t.k_far]),
+        decay=torch.cat([zeros[:slots], t.decay]),
+        positions=torch.cat([t.positions.new_full((slots,), folded - 1), t.positions]),
+        clock=torch.cat([kept_clock[:slots], t.clock]),
+        scores=torch.cat([old.kept_score[0, :slots], scores]),
+    )
+
+
+def _best(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """The ``count`` best of the tokens ``among [Hkv, …, Tk]``, of equal scores ``[Tk, Hkv]`` the older."""
+    chosen = torch.zeros_like(among)
+    for head, order in enumerate(scores.sort(dim=0, descending=True, stable=True).indices.T):
+        ranked = among[head][..., order]
+        chosen[head][..., order] = ranked & (ranked.cumsum(-1) <= count)
+    return chosen
+
+
+def _fold(call: Call, old: AttentionState, t: Tokens, phi_k: Tensor, log_k: Tensor, length: int) -> AttentionState:
     """The state after ``length`` tokens: everything that left the ring summed, in one go."""
     new = _empty_state(call, 1)
     ring, sinks = call.ring, call.sinks
     folded = max(int(old.folded), length - ring)
-    gone = (t.positions < folded) & (t.positions >= sinks)
-    end = since_old[-1:] if len(since_old) else since_old.new_zeros(1, call.k.shape[2])
-    total = t.decay.cumsum(0)
-    last = total[-1:] if len(total) else end
-    log_w = (log_k + last - total).masked_fill(~gone[:, None], -torch.inf)  # [Tk, Hkv]
+    gone = ((t.positions < folded) & (t.positions >= sinks))[:, None].expand_as(t.decay)  # [Tk, Hkv]
+    kept: dict[str, Tensor | None] = {}
+    if t.scores is not None:
+        there = (gone & t.scores.isfinite()).T
+        best = _best(t.scores, there, call.retained)
+        gone = (there & ~best).T
+    end = t.clock[-1:] if length > int(old.length) else t.clock.new_zeros(1, call.k.shape[2])
+    log_w = (log_k + end - t.clock).masked_fill(~gone, -torch.inf)  # [Tk, Hkv]
     log_old = old.log_scale.to(call.sums) + end  # [1, Hkv]
     shift = torch.cat([log_w, log_old]).amax(0).detach()  # [Hkv]
     w = (log_w - shift).exp()
@@ -207,6 +251,20 @@ def _fold(
         x = x[t.positions < min(sinks, length)]
         return torch.nn.functional.pad(x, [0, 0] * (x.ndim - 1) + [0, sinks - x.shape[0]])[None]
 
+    def slots(x: Tensor, empty: float = 0.0) -> Tensor:
+        """``x [Tk, Hkv, …]`` at each head's kept tokens, right-aligned: ``[1, M, Hkv, …]``."""
+        rows = []
+        for head, mine in enumerate(best):
+            found = x[mine, head]
+            blank = found.new_full((call.retained - len(found), *found.shape[1:]), empty)
+            rows.append(torch.cat([blank, found]))
+        return torch.stack(rows, 1)[None]
+
+    if t.scores is not None:
+        kept = {"kept_k": slots(t.k), "kept_v": slots(t.v), "kept_score": slots(t.scores, -torch.inf)}
+        kept["kept_far_k"] = None if call.k_far is None else slots(t.k_far)
+        kept["kept_decay"] = None if call.decay is None else slots(end - t.clock)
+        kept["recent_score"] = last_tokens(t.scores)
     return AttentionState(
         kv=kv,
         k=k,
@@ -220,4 +278,5 @@ def _fold(
         recent_far_k=None if call.k_far is None else last_tokens(t.k_far),
         recent_decay=None if call.decay is None else last_tokens(t.decay),
         window=call.window,
+        **kept,
     )

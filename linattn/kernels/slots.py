@@ -178,6 +178,10 @@ def _slot_tensors(state: AttentionState, dtype: torch.dtype | None) -> dict[str,
         raise StateError(
             f"state: keeps lookback={state.lookback} tokens un-folded, slots keep none; make it with lookback=0."
         )
+    if state.retained:
+        raise StateError(
+            f"state: holds retained={state.retained} tokens, slots none; pass it to kernel_attention instead."
+        )
     state = state.detach()
     length, window, heads = state.length, state.window, state.kv.shape[1]
     age = torch.arange(window, device=length.device) - length[:, None]

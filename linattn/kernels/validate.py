@@ -8,7 +8,15 @@ import itertools
 import torch
 from torch import Tensor
 
-from linattn.errors import DtypeError, FeatureMapError, NonFiniteError, OptionError, ShapeError, StateError
+from linattn.errors import (
+    DtypeError,
+    FeatureMapError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    StateError,
+    UnsupportedError,
+)
 from linattn.kernels.precision import autocast_dtype
 from linattn.kernels.protocols import KernelFeatureMap
 from linattn.state import AttentionState
@@ -50,6 +58,9 @@ class Call:
     chunk_size: int | None
     autocast: torch.dtype | None
     """The caller's autocast dtype, which the feature map runs under; None while autocast is off."""
+    retained: int = 0
+    scores: Tensor | None = None
+    """``[B, T, Hkv]`` float32, finite and without gradients, where tokens are retained."""
 
     @property
     def sums(self) -> torch.dtype:
@@ -99,6 +110,8 @@ def resolve(
     return_state: bool,
     lookback: int,
     chunk_size: int | None,
+    retained: int = 0,
+    scores: Tensor | None = None,
     checked: bool = False,
 ) -> Call:
     """Check the arguments of :func:`kernel_attention` and settle its defaults.
@@ -116,6 +129,7 @@ def resolve(
         ("q_sink", q_sink),
         ("mask", mask),
         ("cu_seqlens", cu_seqlens),
+        ("scores", scores),
     ):
         if t is not None:
             check_tensor(name, t, q.device)
@@ -124,7 +138,7 @@ def resolve(
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
 
-    for name, value in (("window", window), ("sinks", sinks), ("lookback", lookback)):
+    for name, value in (("window", window), ("sinks", sinks), ("lookback", lookback), ("retained", retained)):
         if type(value) is int and value >= 0:
             continue
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 0:
@@ -147,7 +161,7 @@ def resolve(
             )
     else:
         feature_map = None
-        if window == 0 and sinks == 0:
+        if window == 0 and sinks == 0 and retained == 0:
             raise OptionError("far=False with window=0 and sinks=0 leaves nothing to attend to; set window > 0.")
         if decay is not None or far_bias is not None:
             raise OptionError("decay and far_bias shape the far branch; drop them, or set far=True.")
@@ -210,13 +224,26 @@ def resolve(
         _check_shape("decay", decay, (batch, length, kv_heads))
         decay = decay.to(accumulation_dtype(v)).clamp_min(STRONGEST_DECAY)
 
+    if retained or scores is not None:
+        scores = _check_retained(retained, scores, (batch, length, kv_heads), feature_map, causal, cu_seqlens)
+
     if lookback and not (return_state or state is not None):
         raise OptionError(f"lookback={lookback}: is a property of the returned state; pass return_state=True.")
     if state is not None:
         far_dim = None if k_far is None else k_far.shape[-1]
         feature_dim = 0 if feature_map is None else feature_map.feature_dim
         _check_state(
-            state, sequences, kv_heads, feature_dim, head_dim, v.shape[-1], window, sinks, far_dim, decay is not None
+            state,
+            sequences,
+            kv_heads,
+            feature_dim,
+            head_dim,
+            v.shape[-1],
+            window,
+            sinks,
+            far_dim,
+            decay is not None,
+            retained,
         )
 
     return Call(
@@ -242,6 +269,8 @@ def resolve(
         lookback=lookback,
         chunk_size=chunk_size,
         autocast=autocast_dtype(q),
+        retained=retained,
+        scores=scores,
     )
 
 
@@ -335,6 +364,38 @@ def _check_shape(name: str, t: Tensor, expected: tuple[int | None, ...]) -> None
         raise ShapeError(f"{name}: got shape {tuple(t.shape)}, expected ({wanted}).")
 
 
+def _check_retained(
+    retained: int,
+    scores: Tensor | None,
+    shape: tuple[int, int, int],
+    feature_map: KernelFeatureMap | None,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The scores in float32, all finite, so that −∞ can stand for no token at all: one that is NaN counts least."""
+    if not retained:
+        raise OptionError("scores: choose which tokens are retained, and retained=0; drop them, or set retained > 0.")
+    if scores is None:
+        raise OptionError(f"retained={retained}: needs scores [B, T, Hkv], what each token is worth keeping.")
+    if not scores.is_floating_point():
+        raise DtypeError(f"scores: got {scores.dtype}, expected floating point; try scores.float().")
+    _check_shape("scores", scores, shape)
+    if not causal:
+        raise UnsupportedError(
+            f"retained={retained}: tokens are retained as they leave the window, which is causal by nature; "
+            "set causal=True, or retained=0."
+        )
+    if cu_seqlens is not None:
+        raise UnsupportedError(f"retained={retained}: packed sequences are not there; pad them and pass mask=.")
+    if feature_map is not None and feature_map.positional:
+        raise UnsupportedError(
+            f"retained={retained}: {type(feature_map).__name__} asks for positions, which tokens are kept without; "
+            "choose a map whose positional property is False."
+        )
+    limit = torch.finfo(torch.float32).max
+    return scores.detach().float().nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
+
+
 def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor | None) -> None:
     if mask is not None:
         raise OptionError("mask and cu_seqlens exclude each other: a packed batch has no padding.")
@@ -363,6 +424,7 @@ def _check_state(
     sinks: int,
     far_head_dim: int | None,
     decay: bool,
+    retained: int,
 ) -> None:
     far_k = state.recent_far_k
     found = {
@@ -375,6 +437,7 @@ def _check_state(
         "sinks": state.sinks,
         "far_head_dim": None if far_k is None else far_k.shape[-1],
         "decay": state.recent_decay is not None,
+        "retained": state.retained,
     }
     expected = {
         "sequences": sequences,
@@ -386,6 +449,7 @@ def _check_state(
         "sinks": sinks,
         "far_head_dim": far_head_dim,
         "decay": decay,
+        "retained": retained,
     }
     wrong = [f"{name} {found[name]} (expected {want})" for name, want in expected.items() if found[name] != want]
     if wrong:

@@ -59,6 +59,13 @@ def check_same_state(actual: AttentionState, expected: AttentionState, budget: f
     """Two states remember the same: sums relative to one log-scale, the valid part of the ring, sinks, counters."""
     for name in ("length", "folded"):
         check_identical(getattr(actual, name), getattr(expected, name), f"{what}, {name}", meaning)
+    for name in ("kept_k", "kept_v", "kept_far_k", "kept_score", "kept_decay"):
+        mine, other = getattr(actual, name), getattr(expected, name)
+        check((mine is None) == (other is None), f"{what}, {name}: present in one state only.", meaning)
+        if mine is not None and actual.kept_score is not None and expected.kept_score is not None:
+            held = expected.kept_score.isfinite()
+            check(torch.equal(actual.kept_score.isfinite(), held), f"{what}: other slots are filled.", meaning)
+            check_within(mine[held], other[held], budget, f"{what}, {name}", meaning)
     rescale = (actual.log_scale - expected.log_scale).exp()
     check_within(actual.kv * rescale[..., None, None], expected.kv, budget, f"{what}, kv", meaning)
     check_within(actual.k * rescale[..., None], expected.k, budget, f"{what}, k", meaning)
@@ -71,6 +78,7 @@ def check_same_state(actual: AttentionState, expected: AttentionState, budget: f
         ("recent_v", valid),
         ("recent_far_k", valid),
         ("recent_decay", valid),
+        ("recent_score", valid),
         ("sink_k", seen),
         ("sink_v", seen),
     ):

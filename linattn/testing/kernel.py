@@ -97,6 +97,8 @@ class Case:
     past: int = 0
     """Tokens that an initial state has seen."""
     lookback: int = 0
+    retained: int = 0
+    """Tokens behind the window attended exactly, by scores of few values, so that some are equal."""
     chunk_size: int = 8
 
     def __str__(self) -> str:
@@ -144,6 +146,9 @@ class Case:
             found["mask"] = self.real_tokens()
         if self.causal:
             found |= {"return_state": True, "lookback": self.lookback}
+        if self.retained:
+            shape, rng = (self.batch, self.length, self.kv_heads), torch.Generator().manual_seed(13)
+            found |= {"retained": self.retained, "scores": torch.randint(9, shape, generator=rng).float()}
         return found
 
     def real_tokens(self) -> Tensor:
@@ -180,9 +185,11 @@ class Case:
 
 def cast_state(state: AttentionState, dtype: torch.dtype) -> AttentionState:
     """The state of inputs of ``dtype``: keys and values in it, sums in its accumulator."""
-    sums = {"kv", "k", "log_scale", "recent_decay"}
+    sums = {"kv", "k", "log_scale", "recent_decay", "kept_decay"}
     found: dict[str, Any] = {
-        name: t if not t.is_floating_point() else t.to(budgets.accumulator(dtype) if name in sums else dtype)
+        name: t
+        if not t.is_floating_point() or name.endswith("score")
+        else t.to(budgets.accumulator(dtype) if name in sums else dtype)
         for name, t in state.tensors().items()
     }
     return dataclasses.replace(state, **found)
@@ -229,6 +236,7 @@ def cases() -> Iterator[Case]:
         yield Case(**{**HYBRID, **extras})
         yield Case(**extras, strength=2.0)
     yield from cases_of_sink_queries()
+    yield from cases_of_retained()
     for layout in layouts:
         for dims in DIMS:
             yield Case(**layout, **dims)
@@ -273,6 +281,22 @@ def cases_of_sink_queries() -> Iterator[Case]:
     for length in (1, 3, 17):
         yield Case(**own, length=length, past=11, decay="token", strength=2.0)
     yield Case(**own, length=9, past=3, lookback=4)
+
+
+def cases_of_retained() -> Iterator[Case]:
+    """Calls with retained tokens."""
+    for decay in ("none", "token"):
+        yield Case(**HYBRID, retained=6, length=30, decay=decay)
+    yield Case(retained=4, decay="token", strength=2.0)
+    yield Case(window=3, sinks=1, retained=4, far=False)
+    yield Case(window=2, retained=30)
+    yield Case(**{**HYBRID, **EXTRAS[-1], "decay": "strong"}, sink_queries=True, retained=5, strength=2.0)
+    yield Case(**HYBRID, **DIMS[1], retained=3)
+    yield Case(**HYBRID, batch=1, length=65, retained=17, chunk_size=16, strength=2.0)
+    yield Case(**HYBRID, batch=3, retained=4, mask="empty", decay="constant", strength=2.0)
+    for length in (1, 17):
+        yield Case(**HYBRID, length=length, past=17, retained=4, decay="token", strength=2.0)
+    yield Case(window=3, sinks=1, batch=3, past=8, retained=4, mask="scattered", decay="token", lookback=2)
 
 
 CASES = list(cases())

@@ -22,11 +22,13 @@ from linattn.audit import (
     layer_telemetry,
     mean_over,
     recall_by_distance,
+    retained_off,
     stacked_reach,
     state_bytes,
     token_losses,
     verdict,
 )
+from linattn.audit.ablations import converted_layers
 from linattn.audit.far_gain import FarGain
 from linattn.audit.positions import Bucket
 from linattn.audit.render import to_markdown
@@ -93,6 +95,28 @@ def test_windows_that_differ_are_held_against_their_layout_too(llama, text):
     assert report["beyond_reach"]["over_layer_control"] == over.as_dict()
     assert any("its layout without its far branches" in sentence for sentence in report["verdict"])
     assert "| equal bytes, layer by layer |" in to_markdown(report)
+
+
+def test_retained_tokens_are_near_and_a_part_of_their_own(llama, text):
+    model, reports = convert_model(llama(), window=WINDOW, sinks=SINKS, retained=6), []
+    report = audit_model(llama(), model, text[4:], edges=EDGES, progress=lambda *done: reports.append(done))
+    assert reports[-1][0] == reports[-1][1] == len(reports)
+    assert (report["reach"], report["retained"]) == (WINDOW + SINKS + 6, 6)
+    losses = token_losses(model, text[4:])
+    with retained_off(model):
+        without = token_losses(model, text[4:])
+    assert report["models"]["retained_off"] == by_position(without, edges=EDGES).as_dict()
+    worth = mean_over(without - losses, start=WINDOW + SINKS + 7)
+    assert report["beyond_reach"]["retained"] == worth.as_dict()
+    with equal_bytes_control(llama(), model, by_layer=True) as control:
+        assert report["models"]["layer_control"]["windows"] == [layer.window for layer in converted_layers(control)]
+    assert sum(sentence.startswith("Its retained tokens") for sentence in report["verdict"]) == 1
+    assert any("beyond window, retained tokens and sinks" in sentence for sentence in report["verdict"])
+    markdown = to_markdown(report)
+    for row in ("| exact tokens alone − this model |", "| none retained − this model |", "| none retained |"):
+        assert row in markdown
+    assert "window alone" not in markdown
+    assert report["cache"]["student"][0]["difference"] < 1e-2
 
 
 def test_a_layer_bound_to_more_than_the_text_is_audited_as_softmax(llama, text):
@@ -280,6 +304,19 @@ GAIN = FarGain(Bucket(48, 96, 0.4, 0.1, 100, 5), Bucket(48, 96, 0.1, 0.1, 100, 5
         ({"over_control": (0.1, 0.2)}, 1, "ties with the untrained"),
         ({"over_control": (-0.3, 0.2)}, 1, "loses to the untrained"),
         ({"over_trained_control": (-0.3, 0.2)}, 2, "loses to the trained"),
+        (
+            {"retained": (0.1, 0.01)},
+            1,
+            "retained tokens help: with them far like their neighbours, cross-entropy rises",
+        ),
+        (
+            {"retained": (-0.1, 0.01)},
+            1,
+            "retained tokens harm: with them far like their neighbours, cross-entropy falls",
+        ),
+        ({"retained": (0.1, 0.2)}, 1, "make no difference that counts"),
+        ({"retained": (0.1, 0.01), "far_branch": (0.01, 0.011)}, 0, "near-only model in disguise"),
+        ({"retained": (0.1, 0.01)}, 0, "where its window and retained tokens alone are 0.2000 ± 0.0100 nats worse"),
         ({"cost": (0.3, 0.2)}, 2, "loses 0.3000 ± 0.2000 nats against its teacher"),
         ({"cost": (0.1, 0.2)}, 2, "loses no measurable"),
         ({"cost": (-0.3, 0.2)}, 2, "gains 0.3000"),

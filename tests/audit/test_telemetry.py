@@ -51,6 +51,37 @@ def test_far_mass_is_that_of_the_attention_matrices(llama, windows):
         torch.testing.assert_close(got, torch.stack(want).mean(0).float(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("feature_map", ["elu", None])
+def test_retained_tokens_are_not_far(llama, windows, feature_map):
+    """In the first layer, where student and teacher have the same queries and keys."""
+    retained, ids = 6, windows(2, LENGTH)
+    options = {"feature_map": feature_map, "window": WINDOW, "sinks": SINKS, "retained": retained}
+    student = convert_model(llama().double(), **options)
+    first, second = layer_telemetry(llama().double(), student, ids)
+    seen, layer = [], student.model.layers[0].self_attn.linattn
+    layer.register_forward_hook(lambda m, args, options, out: seen.append((*args, options)), with_kwargs=True)
+    with torch.no_grad():
+        student(ids, use_cache=False)
+        ((q, k, v, options),) = seen
+        scores = layer.scores(k, v, options["rotation"]).repeat_interleave(2, 2).mT  # [B, H, T]
+        at = torch.arange(LENGTH)
+        behind = (at[:, None] - at >= WINDOW) & (at >= SINKS)
+        ranked = scores[:, :, None].masked_fill(~behind, -torch.inf)
+        worst = ranked.topk(retained).values[..., -1:]  # [B, H, T, 1]
+        far = behind & (ranked < worst)
+        exact = softmax_weights(q, k)
+        teacher = (exact * far).sum(-1)[:, :, layer.reach :].mean((0, 2))
+        phi = layer.feature_map
+        features = [phi.forward_queries(q)[0], phi.forward_keys(k)[0].repeat_interleave(2, 2)]
+        logits = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) * phi.scale
+        estimate = torch.einsum("bthf,bshf->bhts", *features) * (feature_map is not None)
+        weights = torch.where(far, estimate, logits.exp()).tril()
+        ours = ((weights * far).sum(-1) / weights.sum(-1))[:, :, layer.reach :].mean((0, 2))
+    torch.testing.assert_close(torch.tensor(first.teacher_far_mass), teacher.float(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(first.far_mass), ours.float(), rtol=1e-4, atol=1e-7)
+    assert (max(second.far_mass) > 0) == (feature_map is not None)
+
+
 @pytest.mark.parametrize("at_once", [7, 256])
 def test_the_teacher_reads_as_it_does_without_being_watched(llama, windows, monkeypatch, at_once):
     monkeypatch.setattr(telemetry, "QUERIES_AT_ONCE", at_once)

@@ -29,11 +29,14 @@ def test_variants_differ_from_the_recipe_where_they_say(benchmark: ModuleType) -
         return [key for key in base if key not in ("name", "control") and found[name][key] != base[key]]
 
     assert base["keep"] == 0
-    assert [name for name, config in found.items() if config.get("control")] == ["hybrid", "pure"]
+    assert [name for name, config in found.items() if config.get("control")] == ["hybrid", "pure", "retained"]
     assert (len(hybrid["keep"]), pure["keep"]) == (6, [])
     assert pure["student"] | {"window": 128, "softmax_window": 8188} == base["student"]
     assert hybrid["student"] | {"window": 128} == base["student"]
-    assert {str(config["stages"]) for config in (base, hybrid, pure)} == {str(base["stages"])}
+    retained = found["retained"]
+    assert {str(config["stages"]) for config in (base, hybrid, pure, retained)} == {str(base["stages"])}
+    assert [64 + each for each in retained["student"]["retained"]] == pure["student"]["window"]
+    assert retained["student"] | {"retained": 0} == pure["student"] | {"window": 64, "retained": 0}
     assert [found[f"window 128, {count} layers softmax"]["keep"] for count in (2, 4)] == [2, 4]
     assert changed("window 128, 4 layers softmax") == ["keep"]
     for name in ("no decay", "decay by data", "rotary embedding far", "token weights"):
@@ -87,7 +90,7 @@ def test_every_variant_runs_and_the_table_has_what_was_measured(
             ]
             assert line.removesuffix(" |").split(" | ")[2:5] == told
     assert text.count("| — equal bytes, no training |") == len(found) - 2  # none of "broken" and "windows alone"
-    assert text.count("| — equal bytes, trained |") == 2
+    assert text.count("| — equal bytes, trained |") == 3
     assert f"Not run: broken: {results['broken']['error']}" in text
     assert (tmp_path / "results" / "conversion.png").stat().st_size > 0
 

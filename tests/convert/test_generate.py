@@ -23,6 +23,7 @@ VARIANTS = {
     "no-far-rope": ("qwen3", {"far_rope": False, "decay": "data"}),
     "no-far-rope-of-a-part": ("gpt-neox", {"far_rope": False}),
     "near-sinks": ("qwen3", {"sink_distance": 9}),
+    "retained": ("qwen3", {"retained": 7, "far_rope": False, "decay": "fixed"}),
     "native-windows-converted": ("mistral-sliding", {"native_sliding": "convert"}),
 }
 

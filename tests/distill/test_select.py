@@ -200,7 +200,7 @@ def test_options_outside_their_domain_are_refused(teacher, windows, options, err
 
 def test_tokens_that_measure_nothing_are_refused(teacher, windows):
     model = convert_model(teacher, **FAR)
-    with pytest.raises(OptionError, match=r"fit in window \+ sinks = 7"):
+    with pytest.raises(OptionError, match=r"fit in window \+ retained \+ sinks = 7"):
         select_layers(model, windows[:, :7], keep=1)
     with pytest.raises(ShapeError, match="expected \\[N, T\\]"):
         select_layers(model, windows[0], keep=1)

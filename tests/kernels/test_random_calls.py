@@ -21,7 +21,7 @@ from linattn.testing.checks import check_same_state
 
 TOLERANCE = 1e-9
 KINDS = ("plain", "mask", "packed", "both", "both-mask", "both-packed", "cross")
-TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "mask")
+TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "mask", "scores")
 
 
 class RandomMap:
@@ -137,6 +137,9 @@ def draw(rng: random.Random) -> Call:
         options["feature_map"] = None
     if causal and options["sinks"] and rng.random() < 0.5:
         leaves["q_sink"] = leaf(*q_shape)
+    if causal and lengths is None and not getattr(options["feature_map"], "positional", False) and rng.random() < 0.5:
+        options["retained"] = rng.choice([1, 4, 15, 60])
+        options["scores"] = torch.randint(rng.choice([2, 10**6]), (batch, length, kv_heads)).float()
     return Call(kind, leaves, options, lengths)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -205,6 +206,29 @@ def test_layers_left_softmax_are_bound_to_a_window(recipe, tiny, files, tmp_path
     assert len(result["control"]["windows"]) == 2
     sizes = {name: held["total"] for name, held in result["audit"][0]["bytes"].items()}
     assert sizes["trained_control"] == sizes["control"] <= sizes["student"]
+
+
+def test_retained_tokens_are_trained_and_audited_beside_their_bytes_in_windows(recipe, tiny, files, tmp_path):
+    config = json.loads((RECIPES / "configs" / "retained.json").read_text(encoding="utf-8"))
+    student = config["student"] | {"window": 6, "retained": [0, 9, 5], "sinks": 2, "sink_distance": 7}
+    stages = [stage | COMMON | {"steps": 2, "warmup": 0} for stage in config["stages"]]
+    asked = {"tasks": ["passkey"], "distances": [64], "prompts": 2}
+    audit = {"lengths": [80], "tokens": 400, "parts": config["audit"]["parts"], "recall": asked}
+    config |= {"student": student, "stages": stages, "audit": audit}
+    recipe.main(command(tiny, files, tmp_path / "run", config))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert all(math.isfinite(result["stages"][0][f"held_out_{name}"]) for name in ("hybrid", "far", "mass", "score_r2"))
+    model = linattn.load(tmp_path / "run" / "model")
+    assert [layer["retained"] for layer in model.config.linattn["layers"]] == [0, 9, 5]
+    assert recipe._reach(model) == 6 + 9 + 2
+    made = linattn.load(tmp_path / "run" / "control" / "model")
+    assert [layer["retained"] for layer in made.config.linattn["layers"]] == [0, 0, 0]
+    (row,) = result["audit"]
+    sizes = {name: held["total"] for name, held in row["bytes"].items()}
+    assert sizes["trained_control"] == sizes["control"] <= sizes["student"]
+    assert {"retained_off", "trained_control"} <= row["losses"].keys()
+    assert row["far_gain"]["context"] == 17
+    assert result["recall"].keys() == {"teacher", "student", "control", "trained_control"}
 
 
 def test_recall_is_measured_of_all_models_and_read_again(recipe, tiny, files, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from linattn.kernels import chunked
 from linattn.kernels import layout as layouts
 from linattn.kernels.precision import autocast
 from linattn.kernels.protocols import Projected
+from linattn.kernels.retain import COLUMNS as RETAINED_COLUMNS
 from linattn.kernels.triton import ops, step
 from linattn.kernels.triton.config import Config, choose, fuses, fuses_pointwise, segment_tokens, stands_alone
 from linattn.kernels.triton.launch import NARROWEST, Inputs, Memory, Options, block, changed, parts_of, rows
@@ -72,6 +73,8 @@ def refusal(call: Call) -> str | None:
         return f"{call.feature_dim} features are more than {MOST_FEATURES}"
     if call.window + call.sinks and (widest := max(call.q.shape[-1], call.v.shape[-1])) > MOST_DIM:
         return f"head_dim or value_dim {widest} is more than {MOST_DIM}"
+    if call.retained and call.feature_map is not None and (wide := call.v.shape[-1] + RETAINED_COLUMNS) > MOST_DIM:
+        return f"with retained tokens, value_dim {wide - RETAINED_COLUMNS} is more than {MOST_DIM - RETAINED_COLUMNS}"
     if not call.causal and 0 < call.window < call.sinks:
         return f"bidirectional attention with {call.sinks} sinks needs a window of at least as many tokens"
     return None
@@ -136,11 +139,16 @@ def _positional(call: Call) -> bool:
     return call.feature_map is not None and call.feature_map.positional
 
 
-def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
-    """Attention of a checked call that :func:`refusal` does not refuse."""
+def check(call: Call) -> None:
+    """Raise where :func:`refusal` has a reason."""
     reason = refusal(call)
     if reason is not None:
         raise UnsupportedError(f"impl='triton': {reason}; impl='chunked' runs every call.")
+
+
+def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
+    """Attention of a checked call that :func:`refusal` does not refuse."""
+    check(call)
     if torch.compiler.is_compiling() or not call.q.is_cuda or call.q.get_device() == torch.cuda.current_device():
         return _attend(call)
     with torch.cuda.device_of(call.q):  # kernels start on the current device
