@@ -323,10 +323,7 @@ def far_branch(module: ConvertedAttention, q: Tensor, k: Tensor, ends: Tensor | 
         else:
             log_scale = log_scale + waited
         gates = gates if gates.ndim == 1 else gates[:, rows]
-    if log_scale is not None:
-        features = torch.cat([features.to(wide), log_scale[..., None].to(wide)], -1)
-        queries = F.pad(queries.to(wide), [0, 1])
-    given = GivenFeatures(phi.feature_dim, log_scaled=log_scale is not None)
+    queries, features, given = GivenFeatures.beside(queries, features, log_scale, wide)
     return FarBranch(queries, features, take, given, gates, log_factor)
 
 

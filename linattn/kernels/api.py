@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from linattn.errors import ShapeError
@@ -173,13 +171,9 @@ def linear_attention(
         raise ShapeError(f"log_scale_q: got {tuple(log_scale_q.shape)}, expected {tuple(phi_q.shape[:3])}.")
     if log_scale_k is not None and log_scale_k.shape != phi_k.shape[:3]:
         raise ShapeError(f"log_scale_k: got {tuple(log_scale_k.shape)}, expected {tuple(phi_k.shape[:3])}.")
-    given = GivenFeatures(phi_q.shape[-1], log_scaled=log_scale_k is not None)
-    q, k, values = phi_q, phi_k, v
-    if log_scale_k is not None:
-        # A log-scale needs float32; it travels as the keys' last column.
-        wide = accumulation_dtype(v)
-        k = torch.cat([phi_k.to(wide), log_scale_k[..., None].to(wide)], -1)
-        q, values = F.pad(phi_q.to(wide), [0, 1]), v.to(wide)
+    wide = accumulation_dtype(v)
+    q, k, given = GivenFeatures.beside(phi_q, phi_k, log_scale_k, wide)
+    values = v if log_scale_k is None else v.to(wide)
     call = resolve(
         q,
         k,

@@ -524,8 +524,7 @@ def _final_state(
                 Memory(tail.kv[:, :, 0], tail.k[:, :, 0], tail.log_scale[:, :, 0]),
             ]
         )
-    last = lay.length[:, None] - ring + torch.arange(ring, device=k.device)  # positions of the new ring
-    ring_slots = torch.where(last >= lay.base[:, None], lay.start[:, None] + last - lay.base[:, None], -1)
+    ring_slots = lay.newest(ring)
     return AttentionState(
         kv=memory.kv,
         k=memory.k,

@@ -67,6 +67,11 @@ class Layout:
         picked = placed.flatten(0, 1)[slots.clamp(0, self.slots - 1)]
         return torch.where(inside.view(*inside.shape, *[1] * (picked.ndim - 2)), picked, 0)
 
+    def newest(self, count: int) -> Tensor:
+        """``[N, count]`` slots of each sequence's last tokens, the newest last; −1 where it has none here."""
+        last = self.length[:, None] - count + torch.arange(count, device=self.length.device)
+        return torch.where(last >= self.base[:, None], self.start[:, None] + last - self.base[:, None], -1)
+
 
 def build(call: Call, chunk_size: int) -> Layout:
     """Lay out the tokens of a call, the ring of its state before them."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -61,6 +63,19 @@ class GivenFeatures:
     def __init__(self, feature_dim: int, *, log_scaled: bool) -> None:
         self.feature_dim = feature_dim
         self.log_scaled = log_scaled
+
+    @classmethod
+    def beside(
+        cls, queries: Tensor, keys: Tensor, log_scale: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, GivenFeatures]:
+        """Features ``[..., F]`` as the operator is to read them, and the map that does.
+
+        The keys' ``log_scale`` is the last column of all, in ``dtype``: it needs float32.
+        """
+        given = cls(queries.shape[-1], log_scaled=log_scale is not None)
+        if log_scale is None:
+            return queries, keys, given
+        return F.pad(queries.to(dtype), [0, 1]), torch.cat([keys.to(dtype), log_scale[..., None].to(dtype)], -1), given
 
     def forward_queries(self, q: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return _columns(q, self.feature_dim), None

@@ -466,8 +466,7 @@ def _final_state(
         left = summarise(*(x[:, :, None] for x in parts))
         memory = chunked.merge([memory, Memory(*(x[:, :, 0] for x in left))])
 
-    last = lay.length[:, None] - ring + torch.arange(ring, device=e.k.device)  # positions of the new ring
-    ring_slots = torch.where(last >= lay.base[:, None], lay.start[:, None] + last - lay.base[:, None], -1)
+    ring_slots = lay.newest(ring)
 
     def newest(x: Tensor) -> Tensor:
         return lay.gather(x[:, first:], ring_slots)

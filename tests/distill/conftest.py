@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,27 @@ def llama() -> Callable[..., LlamaForCausalLM]:
         return model
 
     return make
+
+
+@pytest.fixture
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], contextlib.AbstractContextManager[None]]:
+    """While the context lasts, an objective of this class fails at its fourth step, and what runs it with it."""
+
+    @contextlib.contextmanager
+    def during(objective: type) -> Iterator[None]:
+        call = objective.__call__
+
+        def breaking(self: Any, batch: Any) -> Any:
+            if batch.step == 3:
+                raise RuntimeError("the power is gone")
+            return call(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "__call__", breaking)
+            with pytest.raises(RuntimeError, match="power"):
+                yield
+
+    return during
 
 
 @pytest.fixture
