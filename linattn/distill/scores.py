@@ -143,12 +143,9 @@ class LookupRegression:
             tensors["threshold"] = threshold
             self.held |= {f"{path}.linattn.score.lookup.{name}": t for name, t in tensors.items()}
 
-    def see(
-        self, path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any],
-        split: SplitAttention,
-    ) -> None:  # fmt: skip
+    def see(self, path: str, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], split: SplitAttention) -> None:
         """Keep what a layer with retained tokens is called with until all are; arguments as of :func:`attended`."""
-        tops = looked_up(module, q, k, options, split, self.after)
+        tops = looked_up(self.layers[path], q, k, options, split, self.after)
         self._seen[path] = _unturned(k, options), v, tops
 
     @torch.no_grad()
@@ -157,8 +154,8 @@ class LookupRegression:
         for path, (x, told, label) in self._batch().items():
             masters, _, _ = self._learners[path]
             g = told @ masters["weight"].detach()
-            # The mean of exp(g + intercept), nearly that of the sigmoid while tokens looked up are few.
-            masters["intercept"].detach().copy_(label.mean().clamp_min(FLOOR).log() - g.exp().mean().log())
+            # The labels' mean is that of sigmoid(g + intercept) where g is 0, and nearly where few are looked up.
+            masters["intercept"].detach().copy_(label.mean().logit(FLOOR) - g.exp().mean().log())
             for _ in range(PASSES):
                 self._learn(path, x, told, label, pace=1.0)
 

@@ -171,7 +171,7 @@ class LayerErrors(Objective):
                 whole = exact(module, q, k, v, options, **WHOLE)
                 self.scores.prepare(path, *attended(module, q, k, v, options, whole))
                 if self.lookups is not None:
-                    self.lookups.see(path, module, q, k, v, options, whole)
+                    self.lookups.see(path, q, k, v, options, whole)
             ends = expiry(module, k, v, options)
             split = exact(module, q, k, v, options, ends)
             prepare(module, split, q, k, v, options, ends)
@@ -214,7 +214,7 @@ class LayerErrors(Objective):
                 if not batch.held_out:
                     self.scores(path, keys, values, share, part)
                 if self.lookups is not None:
-                    self.lookups.see(path, module, q, k, v, options, split)
+                    self.lookups.see(path, q, k, v, options, split)
             return split.out.to(v.dtype)
 
         self._forward(batch, answer)

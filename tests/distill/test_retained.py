@@ -383,7 +383,7 @@ def test_layers_learn_what_is_looked_up_in_one_of_them():
     def see(calls: dict[str, tuple[Tensor, ...]]) -> None:
         for name, (q, k, v) in calls.items():
             split = split_attention(q, k, v, window=0, sinks=0, scale=0.4)
-            lookups.see(name, layers[name], q, k, v, options, split)
+            lookups.see(name, q, k, v, options, split)
 
     lookups = LookupRegression(layers, 3e-3, 5, bonus=12.0, after=after, share=0.3)
     unseen, facts = drawn(100)
