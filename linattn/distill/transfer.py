@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linattn.convert import ConvertedAttention
 from linattn.distill.engine import Batch, Objective, Stage, derived_seed
 from linattn.distill.layers import WHOLE, answered, exact, expiry, prepare, relative_error, trainable_layers
-from linattn.distill.scores import ScoreRegression, attended, explained
+from linattn.distill.scores import LookupRegression, ScoreRegression, attended, explained
 from linattn.distill.targets import SplitAttention
 from linattn.errors import OptionError, UnsupportedError
 from linattn.kernels import kernel_attention
@@ -43,7 +43,9 @@ class Transfer(Stage):
 
     Layers with retained tokens learn what to retain besides, see
     :class:`~linattn.distill.scores.ScoreRegression`: ``score_r2`` is the part of the variance of the log attention
-    that tokens get which their scores tell, before they learn from the batch.
+    that tokens get which their scores tell, before they learn from the batch. With ``lookup_bonus`` they learn, too,
+    which tokens a later query will look up (:class:`~linattn.distill.scores.LookupRegression`), best on windows that
+    say passages again (``repeats``): ``lookup_auc`` is how likely they rank one that is above one that is not.
 
     Attributes:
         far_weight: of the error of the far branch's own output. With it at 0, and ``mass_weight`` too, a good window
@@ -54,6 +56,10 @@ class Transfer(Stage):
         train: which of ``"maps"``, ``"decay"``, ``"far_bias"`` train.
         score_rate: learning rate of the scores at its highest; it rises and falls with the other.
         score_steps: their steps on each batch.
+        lookup_bonus: what tokens that will be looked up gain in score: they outlast others by bonus / recency tokens.
+            0 teaches nothing about them, and leaves what was taught.
+        lookup_after: tokens from a token to the first query that counts as looking it up.
+        lookup_share: of a query's attention, beyond which it looks a token up.
     """
 
     far_weight: float = 1.0
@@ -62,6 +68,9 @@ class Transfer(Stage):
     train: tuple[str, ...] = ("maps", "decay", "far_bias")
     score_rate: float = 3e-3
     score_steps: int = 5
+    lookup_bonus: float = 0.0
+    lookup_after: int = 512
+    lookup_share: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +84,11 @@ class Transfer(Stage):
             raise OptionError(
                 f"score_rate={self.score_rate}, score_steps={self.score_steps}: expected a number ≥ 0 and an integer "
                 "≥ 1."
+            )
+        if not (0 <= self.lookup_bonus < math.inf and self.lookup_after >= 1 and 0 < self.lookup_share < 1):
+            raise OptionError(
+                f"lookup_bonus={self.lookup_bonus}, lookup_after={self.lookup_after}, lookup_share="
+                f"{self.lookup_share}: expected a number ≥ 0, an integer ≥ 1 and a number between 0 and 1."
             )
 
     @contextlib.contextmanager
@@ -92,6 +106,12 @@ class Transfer(Stage):
             raise OptionError(
                 f"length: windows of {self.length} tokens fit in window + retained + sinks = {nearest}, where the far "
                 "branch has no part; use longer ones."
+            )
+        first = self.lookup_after + max(module.sinks for module in layers.values())
+        if self.lookup_bonus and self.length < first + 2:
+            raise OptionError(
+                f"length: windows of {self.length} tokens have no queries lookup_after + sinks = {first} tokens on to "
+                "tell what is looked up; use longer ones, or a smaller lookup_after."
             )
         # The output embedding has no part in it.
         yield LayerErrors(layers, self, getattr(model, "base_model", model))
@@ -127,6 +147,17 @@ class LayerErrors(Objective):
         }
         self.scores = ScoreRegression(layers, stage.score_rate, stage.score_steps)
         self.held = {key: t for key, (_, t) in tensors.items() if key not in self.parameters} | self.scores.held
+        self.lookups: LookupRegression | None = None
+        if stage.lookup_bonus and self.scores.layers:
+            self.lookups = LookupRegression(
+                layers,
+                stage.score_rate,
+                stage.score_steps,
+                bonus=stage.lookup_bonus,
+                after=stage.lookup_after,
+                share=stage.lookup_share,
+            )
+            self.held |= self.lookups.held
         self.errors: dict[str, float] = {}
         if not self.parameters:
             raise OptionError(f"train: these layers have no parameters of {stage.train}.")
@@ -139,12 +170,16 @@ class LayerErrors(Objective):
             if path in self.scores.layers:
                 whole = exact(module, q, k, v, options, **WHOLE)
                 self.scores.prepare(path, *attended(module, q, k, v, options, whole))
+                if self.lookups is not None:
+                    self.lookups.see(path, q, k, v, options, whole)
             ends = expiry(module, k, v, options)
             split = exact(module, q, k, v, options, ends)
             prepare(module, split, q, k, v, options, ends)
             return split.out.to(v.dtype)
 
         self._forward(batch, answer)
+        if self.lookups is not None:
+            self.lookups.prepare()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, float]:
@@ -173,12 +208,19 @@ class LayerErrors(Objective):
             terms[path] = {"loss": loss.detach()} | {name: error.detach() for name, error in found.items()}
             if path in self.scores.layers:
                 keys, values, share = attended(module, q, k, v, options, split)
-                terms[path]["score_r2"] = explained(module.score(keys, values), share)  # type: ignore[misc]
+                assert module.score is not None
+                x = module.score.standardised(module.score.inputs(keys, values))
+                terms[path]["score_r2"] = explained(module.score.attention(x), share)
                 if not batch.held_out:
                     self.scores(path, keys, values, share, part)
+                if self.lookups is not None:
+                    self.lookups.see(path, q, k, v, options, split)
             return split.out.to(v.dtype)
 
         self._forward(batch, answer)
+        if self.lookups is not None:
+            for path, found in self.lookups(part, learn=not batch.held_out).items():
+                terms[path]["lookup_auc"] = found
         flat = [(path, name) for path, found in terms.items() for name in found]
         values = torch.stack([terms[path][name] for path, name in flat]).tolist()  # one wait for the device
         self.errors = {path: value for (path, name), value in zip(flat, values, strict=True) if name == "hybrid"}

@@ -401,3 +401,27 @@ def test_a_score_reads_all_heads_standardised():
     score.reset_parameters()
     assert not torch.equal(score.weight, again["weight"])
     assert not score.mean.any()
+
+
+def test_tokens_to_be_looked_up_gain_a_bonus_for_all_heads_alike():
+    torch.manual_seed(0)
+    score = TokenScore(2, 4, 3, width=16)
+    k, v = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 3)
+    score.mean.normal_()
+    score.std.uniform_(0.5, 1.5)
+    plain = score(k, v)
+    score.lookup_weight.data.normal_()
+    score.lookup_bias.data.fill_(-0.7)
+    x = (torch.cat([k.flatten(2), v.flatten(2)], -1) - score.mean) / score.std
+    assert torch.equal(score(k, v), plain)
+    assert torch.equal(score.attention(x), plain)
+    score.lookup_bonus.fill_(12.0)
+    gain = 12 * torch.sigmoid(4 * ((x * score.lookup_weight).sum(-1) - 0.7))
+    assert gain.min() < 1 < 11 < gain.max()
+    torch.testing.assert_close(score(k, v), plain + gain[..., None], rtol=1e-5, atol=1e-5)
+    half = copy.deepcopy(score).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = half(k.bfloat16(), v.bfloat16())
+    torch.testing.assert_close(got, half.float()(k.bfloat16(), v.bfloat16()), rtol=0, atol=0)
+    score.reset_parameters()
+    assert not any(t.any() for name, t in score.state_dict().items() if "lookup" in name)

@@ -31,7 +31,7 @@ from linattn.distill import targets as targets_module
 from linattn.distill import transfer as transfer_module
 from linattn.distill.engine import Batch
 from linattn.distill.layers import expiry, trainable_layers
-from linattn.distill.scores import attended, explained, poisson_loss
+from linattn.distill.scores import LookupRegression, attended, auc, explained, poisson_loss
 from linattn.distill.transfer import LayerErrors, far_log_mass, far_output
 from linattn.errors import OptionError
 
@@ -169,12 +169,14 @@ def test_kernels_split_and_tell_the_attention_that_keys_get_alike():
     want = split_attention(*tensors, window=WINDOW, sinks=SINKS, scale=0.4, expiry=ends)
     mass = torch.logaddexp(want.log_near, want.log_far)
     keys_get = scores_module._received(module, *tensors[:2], mass, None)
+    top = scores_module._received(module, *tensors[:2], mass, None, 8, largest=True)
     gpu = torch.cuda.is_available()
     device, dtype, bound = ("cuda", torch.float16, 1e-2) if gpu else ("cpu", torch.float32, 1e-4)
     q, k, v = (x.to(device, dtype) for x in tensors)
     split = targets_module._by_difference(q, k, v, FIRST, SINKS, 0.4, ends.to(device))
     got = received_attention(q, k, mass.to(device), scale=0.4, after=WINDOW).transpose(1, 2)
-    for a, b in zip((*split, got), (*want, keys_get), strict=True):
+    largest = received_attention(q, k, mass.to(device), scale=0.4, after=8, largest=True).transpose(1, 2)
+    for a, b in zip((*split, got, largest), (*want, keys_get, top), strict=True):
         torch.testing.assert_close(a.cpu().double(), b, rtol=bound, atol=bound)
 
 
@@ -295,8 +297,137 @@ def test_scores_learn_to_rank_tokens_that_were_not_trained_on(llama, tmp_path):
     assert after > 0.5
 
 
+LOOKUP: dict[str, Any] = {"lookup_bonus": 12.0, "lookup_after": 9, "lookup_share": 0.1}
+
+
+@pytest.mark.parametrize("native_window", [None, 17])
+def test_what_is_looked_up_equals_a_dense_computation(native_window):
+    """One label for all layers, of those tokens that have queries enough behind them; the threshold is of all."""
+    inner = layer("hedgehog", None, native_window=native_window)
+    outer = layer("hedgehog", None, window=3)
+    q, k, v = inputs()
+    calls = {"inner": (inner, q, k, v, None), "outer": (outer, -2 * q, v, k, 4.0)}
+    for module, *_ in calls.values():
+        module.score.mean.normal_()
+        module.score.lookup_weight.data.normal_(std=0.3)
+
+    def run(*_: Any, **__: Any) -> None:
+        for module, q, k, v, softcap in calls.values():
+            module(q, k, v, softcap=softcap, sink_logits=None)
+
+    stage = Transfer(steps=1, score_rate=0.0, **LOOKUP | {"lookup_share": 0.5})
+    errors = LayerErrors({path: module for path, (module, *_) in calls.items()}, stage, run)
+
+    at = torch.arange(LENGTH)
+    gap, label = at[:, None] - at, torch.zeros(2, LENGTH, dtype=torch.bool)
+    alone = []
+    for module, q_, k_, _, softcap in calls.values():
+        seen = (gap >= 0) & (gap < (module.native_window or LENGTH))
+        share = logits(q_, k_, softcap).masked_fill(~seen, -torch.inf).softmax(-1) * (gap >= 9)
+        alone.append(share.amax((1, 2)) > 0.5)
+        label |= alone[-1]
+    told = slice(SINKS, LENGTH - 9 - (LENGTH - 9 - SINKS) // 2)
+    assert all(not torch.equal(x[:, told], label[:, told]) for x in alone)
+    areas, points, before = [], {}, {}
+    starts = {path: -module.score.lookup_bias for path, (module, *_) in calls.items()}
+    for path, (module, _, k_, v_, _) in calls.items():
+        x = (torch.cat([k_.flatten(2), v_.flatten(2)], -1) - module.score.mean) / module.score.std
+        g = x @ module.score.lookup_weight
+        yes, no = g[:, told][label[:, told]], g[:, told][~label[:, told]]
+        areas.append((yes[:, None] > no).double().mean())
+        points[path], before[path] = g.quantile(0.9), module.scores(k_, v_)
+    found = errors(Batch(torch.zeros(1, 1), held_out=True))
+    assert found["lookup_auc"] == pytest.approx(torch.stack(areas).mean().item(), rel=1e-6)
+    assert not any(module.score.lookup_bonus for module, *_ in calls.values())
+    assert errors(Batch(torch.zeros(1, 1))) == found
+    for path, (module, *_) in calls.items():
+        torch.testing.assert_close(-module.score.lookup_bias, 0.9 * starts[path] + 0.1 * points[path])
+    errors.prepare(Batch(torch.zeros(1, 1)))
+    for path, (module, _, k_, v_, _) in calls.items():
+        standard = module.score.standardised(module.score.inputs(k_, v_))
+        torch.testing.assert_close(-module.score.lookup_bias, points[path])
+        gain = module.scores(k_, v_) - before[path]
+        torch.testing.assert_close(
+            gain[..., 0], 12 * torch.sigmoid(4 * module.score.lookup(standard)), rtol=0, atol=1e-5
+        )
+        assert (module.score.lookup(standard) > 0).double().mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_the_area_under_the_curve():
+    label = torch.tensor([0.0, 1, 0, 1, 1])
+    assert auc(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), label) == pytest.approx(5 / 6)
+    assert auc(label, label) == 1
+    assert auc(torch.zeros(5), torch.ones(5)).isnan()
+
+
+def test_layers_learn_what_is_looked_up_in_one_of_them():
+    """One head of the first layer asks, once each, for tokens whose keys and values say so in both layers."""
+    length, after, layers = 120, 20, {name: layer("hedgehog", None) for name in ("asking", "other")}
+    options = {"softcap": None, "sink_logits": None}
+    mark = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def drawn(seed: int) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
+        rng = torch.Generator().manual_seed(seed)
+        facts = torch.rand(4, length, generator=rng) < 0.1
+        calls = {}
+        for name in layers:
+            k, v = (torch.randn(4, length, 2, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+            k, v = (x + facts[..., None, None] * m for x, m in zip((k, v), mark, strict=True))
+            q = 0.1 * torch.randn(4, length, 4, 8, generator=rng, dtype=torch.float64)
+            if name == "asking":
+                for row, j in facts[:, : length - after - 20].nonzero().tolist():
+                    q[row, j + after + j % 20, 3] = 6 * k[row, j, 1]
+            calls[name] = q, k, v
+        return calls, facts
+
+    def see(calls: dict[str, tuple[Tensor, ...]]) -> None:
+        for name, (q, k, v) in calls.items():
+            split = split_attention(q, k, v, window=0, sinks=0, scale=0.4)
+            lookups.see(name, q, k, v, options, split)
+
+    lookups = LookupRegression(layers, 3e-3, 5, bonus=12.0, after=after, share=0.3)
+    unseen, facts = drawn(100)
+    see(unseen)
+    before = lookups(learn=False)
+    see(drawn(0)[0])
+    lookups.prepare()
+    for seed in range(1, 20):
+        see(drawn(seed)[0])
+        lookups()
+    see(unseen)
+    for name, area in lookups(learn=False).items():
+        assert before[name] == pytest.approx(0.5, abs=0.2)  # a random readout
+        assert area > 0.9
+        module, (_, k, v) = layers[name], unseen[name]
+        gain = module.scores(k, v) - module.score.attention(module.score.standardised(module.score.inputs(k, v)))
+        gain = (gain - module.recency * torch.arange(length)[:, None])[..., 0]
+        assert gain[facts].mean() > 6
+        assert gain[~facts].mean() < 1
+
+
+def test_nothing_looked_up_gains_nothing(llama, tokens_file):
+    model = student(llama())
+    stage = Transfer(steps=2, length=40, rows=2, **LOOKUP | {"lookup_share": 1 - 1e-12})
+    with stage.objective(model) as objective:
+        train(model, objective, Windows(tokens_file, 40).batches(2), stage)
+        assert np.isnan(objective(Batch(torch.randint(3, 61, (2, 40)), held_out=True))["lookup_auc"])
+    found = {name.rpartition(".")[2]: t for name, t in scores_of(model).items()}
+    assert found["lookup_weight"].any()
+    assert not found["lookup_bonus"].any()
+
+
 STAGES = [
-    Transfer(steps=5, learning_rate=1e-2, window_dropout=(0.5, 0.0), length=40, rows=2, accumulate=2, save_every=2),
+    Transfer(
+        steps=5,
+        learning_rate=1e-2,
+        window_dropout=(0.5, 0.0),
+        length=40,
+        rows=2,
+        accumulate=2,
+        save_every=2,
+        repeats=0.3,
+        **LOOKUP,
+    ),
     Logits(steps=4, learning_rate=1e-3, train=("maps", "attention"), weight_decay=0.1, length=40, rows=2, save_every=2),
 ]
 
@@ -316,7 +447,11 @@ def test_a_stopped_run_goes_on_to_the_same_model(llama, tokens_file, tmp_path, p
     """From scores drawn otherwise, too: the checkpoint has them."""
     teacher = llama().to(dtype)
     whole, again = student(teacher), student(teacher, seed=1)
-    assert all(not torch.equal(t, scores_of(again)[name]) for name, t in scores_of(whole).items() if "weight" in name)
+    assert all(
+        not torch.equal(t, scores_of(again)[name])
+        for name, t in scores_of(whole).items()
+        if name.endswith((".weight", "hidden_weight"))
+    )
     distill(whole, teacher, STAGES, out=tmp_path / "whole", data=tokens_file)
     loss = {"transfer": transfer_module.LayerErrors, "logits": logits_module.Divergences}[broken_stage]
     with power_cut(loss):
@@ -325,7 +460,12 @@ def test_a_stopped_run_goes_on_to_the_same_model(llama, tokens_file, tmp_path, p
     lines = [(tmp_path / each / "metrics.jsonl").read_text().splitlines() for each in ("whole", "broken")]
     numbers = [[{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in each] for each in lines]
     assert numbers[0] == numbers[1]
-    assert [line["stage"] for line in numbers[0] if "score_r2" in line] == ["1-transfer"] * 5
+    for metric in ("score_r2", "lookup_auc"):
+        assert [line["stage"] for line in numbers[0] if line.get(metric) is not None] == ["1-transfer"] * 5
+    learnt = {name.rpartition(".")[2]: t for name, t in scores_of(whole).items()}
+    assert learnt["lookup_weight"].all()
+    assert learnt["lookup_bias"] != 0
+    assert learnt["lookup_bonus"] == 12
     for model in (again, linattn.load(tmp_path / "broken" / "model", dtype=dtype)):
         assert model.state_dict().keys() == whole.state_dict().keys()
         for name, t in whole.state_dict().items():
@@ -350,7 +490,7 @@ def test_two_processes_keep_the_same_scores(tokens_file, tmp_path):
         from test_retained import *
         rank = processes().process_index
         model = student(LlamaForCausalLM(LlamaConfig(**SIZES)), seed=rank)
-        stage = Transfer(steps=4, learning_rate=1e-2, length=40)
+        stage = Transfer(steps=4, learning_rate=1e-2, length=40, **LOOKUP)
         distill(model, None, [stage], out={str(tmp_path / "out")!r}, data={str(tokens_file)!r}, progress=False)
         save_file(scores_of(model), f"{tmp_path}/{{rank}}.scores")
     """
@@ -388,12 +528,12 @@ def test_transfer_trains_scores_and_leaves_no_trace_on_them(llama, tokens_file):
     with stage.objective(model) as objective:
         train(model, objective, batches, stage)
         prepared = scores_of(model)
-        assert all(not torch.equal(t, prepared[name]) for name, t in before.items())
+        assert all(torch.equal(t, prepared[name]) == ("lookup" in name) for name, t in before.items())
         assert not [name for name in objective.parameters if ".score." in name]
     calibrate(model, [batches(1).tokens], learning_rate=0.0)  # a score that is standardised stays so
     after = scores_of(model)
     assert [name for name, t in prepared.items() if torch.equal(t, after[name])] == [
-        name for name in prepared if name.endswith(("mean", "std"))
+        name for name in prepared if name.endswith(("mean", "std")) or "lookup" in name
     ]
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -429,6 +569,22 @@ def test_layers_are_chosen_and_calibrated_beside_retained_tokens(llama, tokens_f
 def test_options_outside_their_domain_are_refused(options):
     with pytest.raises(OptionError, match="score_steps"):
         Transfer(steps=1, **options)
+
+
+@pytest.mark.parametrize("options", [{"lookup_bonus": -1.0}, {"lookup_after": 0}, {"lookup_share": 1.0}])
+def test_lookup_options_outside_their_domain_are_refused(options):
+    with pytest.raises(OptionError, match="lookup_share"):
+        Transfer(steps=1, **options)
+
+
+def test_windows_must_be_longer_than_what_is_looked_up(llama):
+    stage = Transfer(steps=1, length=9 + SINKS + 1, **LOOKUP)
+    model = student(llama(), retained=[2, 0], window=2)
+    with pytest.raises(OptionError, match=f"lookup_after.*= {9 + SINKS} "), stage.objective(model):
+        pass
+    with dataclasses.replace(stage, length=stage.length + 1).objective(model) as objective:
+        objective.prepare(Batch(torch.randint(3, 61, (2, stage.length + 1))))
+        assert objective(Batch(torch.randint(3, 61, (2, stage.length + 1))))["loss"] > 0
 
 
 def test_windows_must_be_longer_than_what_is_exact(llama):

@@ -164,9 +164,12 @@ def backward_kv(
 def received(
     p_q, p_k, p_lse, p_sums, scale, softcap, length, after,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
-    SOFTCAP: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, LARGEST: tl.constexpr, OT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_{t ≥ j + after} exp(s_tj − lse_t) ``[B, Hkv, T]`` of one block of N keys, a mean over the query heads."""
+    """Σ_{t ≥ j + after} exp(s_tj − lse_t) ``[B, Hkv, T]`` of one block of N keys, a mean over the query heads.
+
+    LARGEST: instead of sum and mean the maximum over these queries and heads.
+    """
     b, g = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
     at = tl.program_id(0) * N + tl.arange(0, N)
     own = at < length
@@ -181,8 +184,12 @@ def received(
             lse = tl.load(p_lse + (b * length + rows) * H + h, mask=there, other=0.0) * LOG2_E
             seen = (rows[None, :] - at[:, None] >= after) & there[None, :]
             s, _ = cap(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP)
-            total += tl.sum(exp2(tl.where(seen, s - lse[None, :], EMPTY)), 1)
-    tl.store(p_sums + (b * K + g) * length + at, total / (H // K), mask=own)
+            share = exp2(tl.where(seen, s - lse[None, :], EMPTY))
+            if LARGEST:
+                total = tl.maximum(total, tl.max(share, 1))
+            else:
+                total += tl.sum(share, 1)
+    tl.store(p_sums + (b * K + g) * length + at, total if LARGEST else total / (H // K), mask=own)
 
 
 # ------------------------------------------------------------------------------------------------------- launches
@@ -240,10 +247,10 @@ def _fake_backward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ..
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _run_received(q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float, after: int) -> Tensor:
+def _run_received(q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float, after: int, largest: bool) -> Tensor:
     q, k, lse = (x.contiguous() for x in (q, k, lse))
     sums = _fake_received(q, k)
-    sizes = _sizes(q, k, softcap)
+    sizes = _sizes(q, k, softcap) | {"LARGEST": largest}
     grid = (triton.cdiv(q.shape[1], sizes["N"]), k.shape[0] * k.shape[2])
     if sums.numel():
         launch(received, grid, q, k, lse, sums, scale, softcap or 1.0, q.shape[1], after, **sizes)
@@ -267,7 +274,7 @@ for _name, _schema, _real, _imitation in (
     ),
     (
         "received_attention",
-        "(Tensor q, Tensor k, Tensor mass, float scale, float softcap, SymInt after) -> Tensor",
+        "(Tensor q, Tensor k, Tensor mass, float scale, float softcap, SymInt after, bool largest) -> Tensor",
         _run_received,
         _fake_received,
     ),
@@ -330,7 +337,14 @@ def expiring_attention(
 
 @torch.no_grad()
 def received_attention(
-    q: Tensor, k: Tensor, mass: Tensor, *, scale: float, after: int, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    mass: Tensor,
+    *,
+    scale: float,
+    after: int,
+    softcap: float | None = None,
+    largest: bool = False,
 ) -> Tensor:
     """How much attention each key gets from the queries from ``after`` tokens behind it on.
 
@@ -338,8 +352,9 @@ def received_attention(
         q: ``[B, T, H, D]``. k: ``[B, T, Hkv, D]``. mass: ``[B, T, H]`` float32, the log-sum-exp of each query's logits.
 
     Returns:
-        ``[B, Hkv, T]`` float32: sums over the queries, means over the query heads of a key/value head.
+        ``[B, Hkv, T]`` float32: sums over the queries, means over the query heads of a key/value head; or the
+        ``largest`` share that any single one of these queries and heads gives, 0 where there is none.
     """
     _check(q)
-    found: Tensor = torch.ops.linattn.received_attention(q, k, mass.float(), scale, softcap or 0.0, after)
+    found: Tensor = torch.ops.linattn.received_attention(q, k, mass.float(), scale, softcap or 0.0, after, largest)
     return found

@@ -87,9 +87,16 @@ def test_received_attention(softcap: float | None) -> None:
     at = torch.arange(70, device=q.device)
     mass = s.masked_fill(at > at[:, None], -torch.inf).logsumexp(-1)
     share = (s - mass[..., None]).exp() * (at[:, None] - at >= 9)
-    want = share.unflatten(1, (2, 2)).mean(2).sum(2)
-    found = received_attention(tensors["q"], tensors["k"], mass.transpose(1, 2), scale=SCALE, after=9, softcap=softcap)
-    torch.testing.assert_close(found.double(), want, atol=1e-6, rtol=1e-5)
+    shares, given = share.unflatten(1, (2, 2)), (tensors["q"], tensors["k"], mass.transpose(1, 2))
+    options: dict[str, Any] = {"scale": SCALE, "after": 9, "softcap": softcap}
+    torch.testing.assert_close(
+        received_attention(*given, **options).double(), shares.mean(2).sum(2), atol=1e-6, rtol=1e-5
+    )
+    largest = received_attention(*given, largest=True, **options)
+    torch.testing.assert_close(largest.double(), shares.amax((2, 3)), atol=1e-6, rtol=1e-5)
+    assert not largest[..., -9:].any()
+    assert (largest[..., :-9] > 0).all()
+    assert not received_attention(*given, scale=SCALE, after=70, largest=True).any()
 
 
 def test_opcheck() -> None:
@@ -100,9 +107,10 @@ def test_opcheck() -> None:
         torch.ops.linattn.expiring_attention.default, (*given, expiry, start, SCALE, 0.0, False), test_utils=tests
     )
     mass = torch.zeros(2, 20, 4, device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.linattn.received_attention.default, (*given[:2], mass, SCALE, 0.0, 3), test_utils=tests
-    )
+    for largest in (False, True):
+        torch.library.opcheck(
+            torch.ops.linattn.received_attention.default, (*given[:2], mass, SCALE, 0.0, 3, largest), test_utils=tests
+        )
 
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
