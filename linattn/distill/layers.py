@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linattn.attention import LONGEST_HALF_LIFE
-from linattn.convert import ConvertedAttention
+from linattn.convert import ConversionPlan, ConvertedAttention
 from linattn.distill.targets import SplitAttention, split_attention
 from linattn.errors import ConversionError
 
@@ -45,6 +45,12 @@ def trainable_layers(model: nn.Module, *, far: bool = True) -> dict[str, Convert
             "from their softmax attention; a Logits stage trains the weights around them."
         )
     return layers
+
+
+def indices(model: nn.Module, layers: dict[str, ConvertedAttention]) -> dict[str, int]:
+    """The layers' indices in the plan of ``model``, of which they are the :func:`trainable_layers`, by path."""
+    plan = ConversionPlan.from_dict(model.config.linattn)  # type: ignore[union-attr,arg-type]
+    return dict(zip(layers, (layer.index for layer in plan.converted), strict=True))
 
 
 @contextlib.contextmanager

@@ -28,8 +28,6 @@ TOP = 8.0
 """Nats above the mean from where on the loss grows linearly: a token that every query attends alone has log T."""
 PASSES = 10
 """Over the first batch."""
-LOOKED_UP = 0.1
-"""Of all tokens, the part that the threshold of the lookup lets pass."""
 PACE = 0.1
 """Part of the way that the threshold goes on each batch."""
 
@@ -104,13 +102,14 @@ class LookupRegression:
     The mean of :class:`ScoreRegression` says rightly that a fact about which nobody has asked yet is worth little.
     What the tokens that are asked about have in common is told by those that any later query, of any head of any of
     the layers, gives a large share of its attention: one label for all layers, and in each a logistic regression on
-    it. A token whose readout g is beyond that of nine in ten gains the bonus (:class:`~linattn.scores.TokenScore`).
+    it. The tokens whose readout g is highest gain the bonus (:class:`~linattn.scores.TokenScore`).
 
     Args:
         layers: converted modules by path; those without retained tokens are passed by.
         rate, steps: as of :class:`ScoreRegression`.
         bonus: c, from when a token has been looked up. after: tokens from a token to the first query that counts.
         share: of a query's attention, beyond which a token is looked up.
+        passing: part of all tokens that gain the bonus.
 
     Attributes:
         layers: those with retained tokens.
@@ -126,9 +125,11 @@ class LookupRegression:
         bonus: float,
         after: int,
         share: float,
+        passing: float,
     ) -> None:
         self.layers = {path: module for path, module in layers.items() if module.retained}
-        self.rate, self.steps, self.bonus, self.after, self.share = rate, steps, bonus, after, share
+        self.rate, self.steps, self.bonus = rate, steps, bonus
+        self.after, self.share, self.passing = after, share, passing
         self.held: dict[str, Tensor] = {}
         self._learners: dict[str, tuple[dict[str, Tensor], Tensor, torch.optim.Adam]] = {}
         self._seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -205,7 +206,7 @@ class LookupRegression:
             _descend(adam, loss, self.rate * part)
         score.lookup_weight.copy_(masters["weight"])
         with autocast(x, None):
-            point = torch.stack([(x @ score.lookup_weight.to(x)).quantile(1 - LOOKED_UP), label.mean()])
+            point = torch.stack([(x @ score.lookup_weight.to(x)).quantile(1 - self.passing), label.mean()])
         if processes().num_processes > 1:
             point = reduce(point, "mean")
         threshold.lerp_(torch.where(point[0].isfinite(), point[0], threshold), pace)

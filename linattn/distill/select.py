@@ -14,7 +14,7 @@ from linattn._heads import body_and_head, tokens_at_once
 from linattn._modes import evaluating
 from linattn.convert import ConversionPlan, ConvertedAttention, convert_model, revert_model
 from linattn.convert.hf import softmax_attention
-from linattn.distill.layers import answered, exact, trainable_layers
+from linattn.distill.layers import answered, exact, indices, trainable_layers
 from linattn.distill.logits import forward_kl
 from linattn.errors import OptionError, ShapeError
 
@@ -197,8 +197,7 @@ def _layers(model: nn.Module, tokens: Tensor) -> tuple[dict[str, ConvertedAttent
     nearest = max(module.reach for module in layers.values())
     if tokens.shape[1] <= nearest:
         raise OptionError(f"tokens: windows of {tokens.shape[1]} tokens fit in window + retained + sinks = {nearest}.")
-    plan = ConversionPlan.from_dict(model.config.linattn)  # type: ignore[union-attr,arg-type]
-    return layers, dict(zip(layers, (layer.index for layer in plan.converted), strict=True))
+    return layers, indices(model, layers)
 
 
 class _Measure(contextlib.ExitStack):

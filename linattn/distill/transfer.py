@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linattn.convert import ConvertedAttention
 from linattn.distill.engine import Batch, Objective, Stage, derived_seed
-from linattn.distill.layers import WHOLE, answered, exact, expiry, prepare, relative_error, trainable_layers
+from linattn.distill.layers import WHOLE, answered, exact, expiry, indices, prepare, relative_error, trainable_layers
 from linattn.distill.scores import LookupRegression, ScoreRegression, attended, explained
 from linattn.distill.targets import SplitAttention
 from linattn.errors import OptionError, UnsupportedError
@@ -60,6 +60,9 @@ class Transfer(Stage):
             0 teaches nothing about them, and leaves what was taught.
         lookup_after: tokens from a token to the first query that counts as looking it up.
         lookup_share: of a query's attention, beyond which it looks a token up.
+        lookup_part: of all tokens, how many gain it; with few slots, less.
+        lookup_layers: indices of the layers that count as looking up, and that learn it; None: all with retained
+            tokens. Few layers retrieve; the bonus costs the others slots.
     """
 
     far_weight: float = 1.0
@@ -71,6 +74,8 @@ class Transfer(Stage):
     lookup_bonus: float = 0.0
     lookup_after: int = 512
     lookup_share: float = 0.3
+    lookup_part: float = 0.1
+    lookup_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,10 +90,14 @@ class Transfer(Stage):
                 f"score_rate={self.score_rate}, score_steps={self.score_steps}: expected a number ≥ 0 and an integer "
                 "≥ 1."
             )
-        if not (0 <= self.lookup_bonus < math.inf and self.lookup_after >= 1 and 0 < self.lookup_share < 1):
+        if not (0 <= self.lookup_bonus < math.inf and self.lookup_after >= 1):
             raise OptionError(
-                f"lookup_bonus={self.lookup_bonus}, lookup_after={self.lookup_after}, lookup_share="
-                f"{self.lookup_share}: expected a number ≥ 0, an integer ≥ 1 and a number between 0 and 1."
+                f"lookup_bonus={self.lookup_bonus}, lookup_after={self.lookup_after}: expected a number ≥ 0 and an "
+                "integer ≥ 1."
+            )
+        if not (0 < self.lookup_share < 1 and 0 < self.lookup_part < 1):
+            raise OptionError(
+                f"lookup_share={self.lookup_share}, lookup_part={self.lookup_part}: expected numbers between 0 and 1."
             )
 
     @contextlib.contextmanager
@@ -113,18 +122,34 @@ class Transfer(Stage):
                 f"length: windows of {self.length} tokens have no queries lookup_after + sinks = {first} tokens on to "
                 "tell what is looked up; use longer ones, or a smaller lookup_after."
             )
+        looking = {path: module for path, module in layers.items() if module.retained and self.lookup_bonus}
+        if self.lookup_layers is not None and looking:
+            index = {i: path for path, i in indices(model, layers).items() if path in looking}
+            if wrong := sorted(set(self.lookup_layers) - index.keys()):
+                raise OptionError(f"lookup_layers: {wrong} retain no tokens; expected some of {sorted(index)}.")
+            looking = {index[i]: layers[index[i]] for i in sorted(set(self.lookup_layers))}
         # The output embedding has no part in it.
-        yield LayerErrors(layers, self, getattr(model, "base_model", model))
+        yield LayerErrors(layers, self, getattr(model, "base_model", model), looking)
 
 
 class LayerErrors(Objective):
     """The loss of :class:`Transfer`.
 
+    Args:
+        layers: converted modules by path. stage: with the options. run: the model that calls them.
+        looking: those of ``layers`` that learn what is looked up.
+
     Attributes:
         errors: the last batch's relative error of each layer's output, by module path.
     """
 
-    def __init__(self, layers: dict[str, ConvertedAttention], stage: Transfer, run: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        layers: dict[str, ConvertedAttention],
+        stage: Transfer,
+        run: Callable[..., Any],
+        looking: dict[str, ConvertedAttention] | None = None,
+    ) -> None:
         self.layers, self.stage, self.run = layers, stage, run
         self.weights = {"far": stage.far_weight, "mass": stage.mass_weight}
         self.split = any(self.weights.values())
@@ -148,14 +173,15 @@ class LayerErrors(Objective):
         self.scores = ScoreRegression(layers, stage.score_rate, stage.score_steps)
         self.held = {key: t for key, (_, t) in tensors.items() if key not in self.parameters} | self.scores.held
         self.lookups: LookupRegression | None = None
-        if stage.lookup_bonus and self.scores.layers:
+        if looking:
             self.lookups = LookupRegression(
-                layers,
+                looking,
                 stage.score_rate,
                 stage.score_steps,
                 bonus=stage.lookup_bonus,
                 after=stage.lookup_after,
                 share=stage.lookup_share,
+                passing=stage.lookup_part,
             )
             self.held |= self.lookups.held
         self.errors: dict[str, float] = {}
@@ -170,7 +196,7 @@ class LayerErrors(Objective):
             if path in self.scores.layers:
                 whole = exact(module, q, k, v, options, **WHOLE)
                 self.scores.prepare(path, *attended(module, q, k, v, options, whole))
-                if self.lookups is not None:
+                if self.lookups is not None and path in self.lookups.layers:
                     self.lookups.see(path, q, k, v, options, whole)
             ends = expiry(module, k, v, options)
             split = exact(module, q, k, v, options, ends)
@@ -213,7 +239,7 @@ class LayerErrors(Objective):
                 terms[path]["score_r2"] = explained(module.score.attention(x), share)
                 if not batch.held_out:
                     self.scores(path, keys, values, share, part)
-                if self.lookups is not None:
+                if self.lookups is not None and path in self.lookups.layers:
                     self.lookups.see(path, q, k, v, options, split)
             return split.out.to(v.dtype)
 

@@ -297,7 +297,7 @@ def test_scores_learn_to_rank_tokens_that_were_not_trained_on(llama, tmp_path):
     assert after > 0.5
 
 
-LOOKUP: dict[str, Any] = {"lookup_bonus": 12.0, "lookup_after": 9, "lookup_share": 0.1}
+LOOKUP: dict[str, Any] = {"lookup_bonus": 12.0, "lookup_after": 9, "lookup_share": 0.1, "lookup_part": 0.2}
 
 
 @pytest.mark.parametrize("native_window", [None, 17])
@@ -316,7 +316,8 @@ def test_what_is_looked_up_equals_a_dense_computation(native_window):
             module(q, k, v, softcap=softcap, sink_logits=None)
 
     stage = Transfer(steps=1, score_rate=0.0, **LOOKUP | {"lookup_share": 0.5})
-    errors = LayerErrors({path: module for path, (module, *_) in calls.items()}, stage, run)
+    layers = {path: module for path, (module, *_) in calls.items()}
+    errors = LayerErrors(layers, stage, run, layers)
 
     at = torch.arange(LENGTH)
     gap, label = at[:, None] - at, torch.zeros(2, LENGTH, dtype=torch.bool)
@@ -335,7 +336,7 @@ def test_what_is_looked_up_equals_a_dense_computation(native_window):
         g = x @ module.score.lookup_weight
         yes, no = g[:, told][label[:, told]], g[:, told][~label[:, told]]
         areas.append((yes[:, None] > no).double().mean())
-        points[path], before[path] = g.quantile(0.9), module.scores(k_, v_)
+        points[path], before[path] = g.quantile(0.8), module.scores(k_, v_)
     found = errors(Batch(torch.zeros(1, 1), held_out=True))
     assert found["lookup_auc"] == pytest.approx(torch.stack(areas).mean().item(), rel=1e-6)
     assert not any(module.score.lookup_bonus for module, *_ in calls.values())
@@ -350,7 +351,7 @@ def test_what_is_looked_up_equals_a_dense_computation(native_window):
         torch.testing.assert_close(
             gain[..., 0], 12 * torch.sigmoid(4 * module.score.lookup(standard)), rtol=0, atol=1e-5
         )
-        assert (module.score.lookup(standard) > 0).double().mean() == pytest.approx(0.1, abs=0.02)
+        assert (module.score.lookup(standard) > 0).double().mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_the_area_under_the_curve():
@@ -385,7 +386,7 @@ def test_layers_learn_what_is_looked_up_in_one_of_them():
             split = split_attention(q, k, v, window=0, sinks=0, scale=0.4)
             lookups.see(name, q, k, v, options, split)
 
-    lookups = LookupRegression(layers, 3e-3, 5, bonus=12.0, after=after, share=0.3)
+    lookups = LookupRegression(layers, 3e-3, 5, bonus=12.0, after=after, share=0.3, passing=0.1)
     unseen, facts = drawn(100)
     see(unseen)
     before = lookups(learn=False)
@@ -414,6 +415,17 @@ def test_nothing_looked_up_gains_nothing(llama, tokens_file):
     found = {name.rpartition(".")[2]: t for name, t in scores_of(model).items()}
     assert found["lookup_weight"].any()
     assert not found["lookup_bonus"].any()
+
+
+def test_some_layers_learn_what_is_looked_up(llama, tokens_file):
+    model = student(llama(), retained=RETAINED)
+    stage = Transfer(steps=2, length=40, rows=2, lookup_layers=(1,), **LOOKUP)
+    with stage.objective(model) as objective:
+        train(model, objective, Windows(tokens_file, 40).batches(2), stage)
+    bonus = {name: t for name, t in scores_of(model).items() if name.endswith("lookup_bonus")}
+    assert {name.split(".")[2]: t.item() for name, t in bonus.items()} == {"0": 0.0, "1": 12.0}
+    with pytest.raises(OptionError, match=r"lookup_layers: \[1\] retain no tokens; expected some of \[0\]"):
+        stage.objective(student(llama())).__enter__()
 
 
 STAGES = [
@@ -571,9 +583,11 @@ def test_options_outside_their_domain_are_refused(options):
         Transfer(steps=1, **options)
 
 
-@pytest.mark.parametrize("options", [{"lookup_bonus": -1.0}, {"lookup_after": 0}, {"lookup_share": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"lookup_bonus": -1.0}, {"lookup_after": 0}, {"lookup_share": 1.0}, {"lookup_part": 0.0}], ids=str
+)
 def test_lookup_options_outside_their_domain_are_refused(options):
-    with pytest.raises(OptionError, match="lookup_share"):
+    with pytest.raises(OptionError, match=next(iter(options))):
         Transfer(steps=1, **options)
 
 
