@@ -228,7 +228,7 @@ def train(
                 for t in [*objective.parameters.values(), *objective.held.values()]:
                     t.data.copy_(broadcast(t.data))
         masters = {key: p.detach().to(_wide(p)) for key, p in objective.parameters.items()}
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[float, list[Tensor]] = {} if masters else {1.0: []}  # an objective may train held tensors alone
         for key, master in masters.items():
             groups.setdefault(objective.factor(key), []).append(master)
         optimizer = torch.optim.AdamW(
@@ -389,6 +389,8 @@ def _measure(objective: Objective, batches: Sequence[Batch]) -> dict[str, float]
 
 @torch.no_grad()
 def _write_back(parameters: Mapping[str, nn.Parameter], masters: dict[str, Tensor]) -> None:
+    if not parameters:
+        return
     # The same memory, where a parameter is float32 itself.
     torch._foreach_copy_(list(parameters.values()), [masters[key] for key in parameters])
 

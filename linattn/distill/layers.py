@@ -22,11 +22,12 @@ WHOLE: dict[str, Any] = {"window": 0, "sinks": 0}
 """Edges beyond which all is far."""
 
 
-def trainable_layers(model: nn.Module, *, far: bool = True) -> dict[str, ConvertedAttention]:
+def trainable_layers(model: nn.Module, *, far: bool = True, retained: bool = False) -> dict[str, ConvertedAttention]:
     """The converted attention modules by the path of the module they serve.
 
     Args:
         far: False also takes layers without a far branch: converted without one, or left softmax within a window.
+        retained: True also takes layers without a far branch that retain tokens.
     """
     layers = {
         name.rpartition(".")[0]: module
@@ -39,7 +40,7 @@ def trainable_layers(model: nn.Module, *, far: bool = True) -> dict[str, Convert
         raise ConversionError(f"{type(model).__name__} has bidirectional converted layers; the stages are causal.")
     if any(not module.far and module.far_bias is not None for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has no far branch to train; leave window_only first.")
-    if far and any(not module.far for module in layers.values()):
+    if far and any(not (module.far or (retained and module.retained)) for module in layers.values()):
         raise ConversionError(
             f"{type(model).__name__} has layers without a far branch (feature_map=None), which have nothing to learn "
             "from their softmax attention; a Logits stage trains the weights around them."

@@ -45,7 +45,8 @@ class Transfer(Stage):
     :class:`~linattn.distill.scores.ScoreRegression`: ``score_r2`` is the part of the variance of the log attention
     that tokens get which their scores tell, before they learn from the batch. With ``lookup_bonus`` they learn, too,
     which tokens a later query will look up (:class:`~linattn.distill.scores.LookupRegression`), best on windows that
-    say passages again (``repeats``): ``lookup_auc`` is how likely they rank one that is above one that is not.
+    say passages again (``repeats``): ``lookup_auc`` is how likely they rank one that is above one that is not. A layer
+    that retains tokens and has no far branch learns this alone.
 
     Attributes:
         far_weight: of the error of the far branch's own output. With it at 0, and ``mass_weight`` too, a good window
@@ -105,11 +106,12 @@ class Transfer(Stage):
         """The loss on a converted ``model``; a ``teacher`` is not needed, and not looked at.
 
         Raises:
-            ConversionError: ``model`` has no converted causal layer with a far branch.
+            ConversionError: ``model`` has no converted causal layer, or one that has neither far branch nor retained
+                tokens.
             OptionError: ``length`` fits in what a layer attends exactly.
             UnsupportedError: a layer's feature map has no far mass of its own.
         """
-        layers = trainable_layers(model)
+        layers = trainable_layers(model, retained=True)
         nearest = max(module.reach for module in layers.values())
         if self.length <= nearest:
             raise OptionError(
@@ -155,7 +157,7 @@ class LayerErrors(Objective):
         self.split = any(self.weights.values())
         for path, module in layers.items():
             phi = module.feature_map
-            if self.split and module.reach and (phi.positional or not phi.positive):
+            if self.split and module.far and module.reach and (phi.positional or not phi.positive):
                 kind = "positional" if phi.positional else "not positive"
                 raise UnsupportedError(
                     f"{path}: {type(phi).__name__} is {kind}, and its far branch has no output and mass of its own to "
@@ -185,7 +187,7 @@ class LayerErrors(Objective):
             )
             self.held |= self.lookups.held
         self.errors: dict[str, float] = {}
-        if not self.parameters:
+        if not self.parameters and not self.scores.layers:
             raise OptionError(f"train: these layers have no parameters of {stage.train}.")
 
     @torch.no_grad()
@@ -198,6 +200,8 @@ class LayerErrors(Objective):
                 self.scores.prepare(path, *attended(module, q, k, v, options, whole))
                 if self.lookups is not None and path in self.lookups.layers:
                     self.lookups.see(path, q, k, v, options, whole)
+            if not module.far:
+                return whole.out.to(v.dtype)
             ends = expiry(module, k, v, options)
             split = exact(module, q, k, v, options, ends)
             prepare(module, split, q, k, v, options, ends)
@@ -212,12 +216,12 @@ class LayerErrors(Objective):
         first, last = self.stage.window_dropout
         rate = 0.0 if batch.held_out else first + (last - first) * batch.step / max(1, self.stage.steps - 1)
         draw = torch.Generator().manual_seed(derived_seed(self.stage.seed, "window dropout", batch.step))
-        dropped = {path for path in self.layers if torch.rand((), generator=draw).item() < rate}
+        dropped = {path for path, m in self.layers.items() if torch.rand((), generator=draw).item() < rate and m.far}
         part = self.stage.rate(batch.step) / (self.stage.learning_rate or 1.0)
         terms: dict[str, dict[str, Tensor]] = {}
 
         def answer(path: str, module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            apart = self.split and path not in dropped and module.reach > 0
+            apart = self.split and path not in dropped and module.far and module.reach > 0
             ends = expiry(module, k, v, options) if apart else None
             split = exact(module, q, k, v, options, ends, **({} if apart else WHOLE))
             with torch.enable_grad():
@@ -230,7 +234,8 @@ class LayerErrors(Objective):
                     q_far, k_far = module.far_inputs(q, k, options.get("rotation"))
                     found |= self._far_errors(module, q_far, k_far, v, split, ends)
                 loss = torch.stack([self.weights.get(name, 1.0) * error for name, error in found.items()]).sum()
-            loss.backward()  # at once, to free the layer's activations
+            if module.far:
+                loss.backward()  # at once, to free the layer's activations
             terms[path] = {"loss": loss.detach()} | {name: error.detach() for name, error in found.items()}
             if path in self.scores.layers:
                 keys, values, share = attended(module, q, k, v, options, split)
@@ -273,7 +278,8 @@ class LayerErrors(Objective):
 
     def _forward(self, batch: Batch, answer: Callable[..., Tensor]) -> None:
         with answered(self.layers, answer):
-            self.run(batch.tokens.to(next(iter(self.parameters.values())).device), use_cache=False)
+            device = next(next(iter(self.layers.values())).parameters()).device
+            self.run(batch.tokens.to(device), use_cache=False)
 
 
 def _far_alone(module: ConvertedAttention, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:

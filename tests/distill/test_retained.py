@@ -428,6 +428,34 @@ def test_some_layers_learn_what_is_looked_up(llama, tokens_file):
         stage.objective(student(llama())).__enter__()
 
 
+@pytest.mark.parametrize("feature_map", [None, "hedgehog"])
+def test_layers_without_a_far_branch_learn_what_to_retain(llama, tokens_file, feature_map):
+    """The same scores, to a rounding, as layers that have one, of which no score knows."""
+    torch.manual_seed(0)
+    model = convert_model(llama().double(), feature_map=feature_map, window=4, sinks=2, retained=RETAINED)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    stage = Transfer(steps=20, learning_rate=0.0, length=40, rows=4, score_rate=1e-2, window_dropout=(0.5, 0.5))
+    with stage.objective(model) as objective:
+        done = train(model, objective, Windows(tokens_file, 40).batches(4), stage)
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    trained = {name for name in changed if ".score." in name}
+    assert len(trained) == 6 * 2  # mean, std and four weights of two layers
+    assert feature_map is not None or changed == trained
+    assert done.losses[-1] > 0
+
+
+def test_scores_without_a_far_branch_are_those_beside_one(llama, tokens_file):
+    found = []
+    for feature_map in (None, "hedgehog"):
+        model = student(llama().double(), feature_map=feature_map, retained=RETAINED, decay=None)
+        stage = Transfer(steps=3, learning_rate=0.0, length=40, rows=2, **LOOKUP)
+        with stage.objective(model) as objective:
+            train(model, objective, Windows(tokens_file, 40).batches(2), stage)
+        found.append(scores_of(model))
+    for name, t in found[0].items():
+        torch.testing.assert_close(t, found[1][name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 STAGES = [
     Transfer(
         steps=5,
