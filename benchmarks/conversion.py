@@ -6,8 +6,8 @@
 
 All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
 softmax ("hybrid"), with none ("pure") and with retained tokens in place of the latter's wide windows ("retained"), all
-beside a window of equal bytes trained as they were, and the bytes of "pure" as windows layer by layer with nothing far
-("windows alone"); the recipe with windows of 128 in all layers
+beside a window of equal bytes trained as they were; "pure" and "retained" with nothing far, the former's bytes as windows
+layer by layer ("windows alone", "retained alone"); the recipe with windows of 128 in all layers
 and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
 rotary embedding in the far branch, and with weighted features; and LoLCATs (arXiv:2410.10254), with cross-entropy as
 published, and with KL.
@@ -64,7 +64,7 @@ def variants() -> dict[str, dict[str, Any]]:
     recipes = {
         name: json.loads((CONFIGS / f"{file}.json").read_text(encoding="utf-8")) for name, file in RECIPES.items()
     }
-    hybrid, lolcats = recipes["hybrid"], recipes["LoLCATs, cross-entropy"]
+    hybrid, retained, lolcats = (recipes[name] for name in ("hybrid", "retained", "LoLCATs, cross-entropy"))
     alone = {"control": False, "audit": {key: hybrid["audit"][key] for key in ("lengths", "tokens")}}
     base = hybrid | {"student": hybrid["student"] | {"window": 128}, "keep": 0} | alone
     transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
@@ -74,9 +74,11 @@ def variants() -> dict[str, dict[str, Any]]:
         return base | {"student": base["student"] | options}
 
     no_target = [stage | {"far_weight": 0.0, "mass_weight": 0.0} for stage in transfers]
+    exact = {key: x for key, x in retained["student"].items() if key not in ("feature_map", "decay", "far_rope")}
     by_kl = [stage | {"cross_entropy": 0.0} if stage["kind"] == "logits" else stage for stage in lolcats["stages"]]
     found = {
         **recipes,
+        "retained alone": retained | {"student": exact | {"feature_map": None}, "control": False},
         BASE: base,
         **{f"{BASE}, {count} layers softmax": base | {"keep": count} for count in (2, 4)},
         "no transfer": base | {"stages": rest},
