@@ -9,8 +9,8 @@ softmax ("hybrid"), with none ("pure") and with retained tokens in place of the 
 beside a window of equal bytes trained as they were; "pure" and "retained" with nothing far, the former's bytes as windows
 layer by layer ("windows alone", "retained alone"); the recipe with windows of 128 in all layers
 and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
-rotary embedding in the far branch, and with weighted features; and LoLCATs (arXiv:2410.10254), with cross-entropy as
-published, and with KL.
+rotary embedding in the far branch, with weighted features, and with a state per query head in place of one per
+key/value head ("state per head"); and LoLCATs (arXiv:2410.10254), with cross-entropy as published, and with KL.
 --part 0.3 takes that part of all stages' steps. Several --jobs share a GPU that one small model cannot fill.
 
 Called again it goes on where it was stopped. Adds to results/conversion.json and .md, and to the plot: cross-entropy
@@ -87,6 +87,7 @@ def variants() -> dict[str, dict[str, Any]]:
         "decay by data": student(decay="data"),
         "rotary embedding far": student(far_rope=True),
         "token weights": student(feature_map="weighted-hedgehog"),
+        "state per head": student(per_head=True),
         "LoLCATs, KL": lolcats | {"stages": by_kl},
     }
     return {name: copy.deepcopy(config) | {"name": name} for name, config in found.items()}

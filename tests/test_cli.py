@@ -119,7 +119,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
     shutil.copy(saved / "config.json", bare)
     file = tmp_path / "plan.json"
     options = ("--feature-map", "elu", "--window", 7, "--keep-layers", "0,2-2", "--decay", "fixed", "--no-far-rope")
-    options += ("--sink-distance", 63, "--softmax-window", 20, "--retained", 9, "--recency", 0.01)
+    options += ("--sink-distance", 63, "--softmax-window", 20, "--retained", 9, "--recency", 0.01, "--per-head")
     text = cli("plan", bare, *options, "--output", file).stdout
     expected = linattn.plan_model(
         transformers.LlamaForCausalLM.from_pretrained(saved),
@@ -132,6 +132,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
         softmax_window=20,
         retained=9,
         recency=0.01,
+        per_head=True,
     )
     assert text == f"{expected}\n"
     assert linattn.ConversionPlan.load(file) == expected
@@ -230,7 +231,7 @@ def test_info_counts_the_window_s_keys_in_the_forms_that_the_state_holds(
     model.config.rope_parameters |= {"rope_type": rope_type, "factor": 2.0}
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "converted"
-    options = ("--keep-layers", "1", "--no-far-rope", "--decay", "data", "--retained", 3)
+    options = ("--keep-layers", "1", "--no-far-rope", "--decay", "data", "--per-head", "--retained", 3)
     cli("convert", tmp_path / "model", out, "--window", 4, *options)
     report = json.loads(cli("info", out, "--json").stdout)
     model = linattn.load(out)
@@ -240,7 +241,7 @@ def test_info_counts_the_window_s_keys_in_the_forms_that_the_state_holds(
     for layer in layers:
         assert (layer.state.recent_far_k is not None) == (rope_type == "dynamic")
         assert (layer.state.kept_far_k is not None) == (rope_type == "dynamic")
-    assert "2 × hedgehog, window 4, sinks 4, 3 retained, data decay" in cli("info", out).stdout
+    assert "2 × hedgehog, window 4, sinks 4, 3 retained, data decay, a state per query head" in cli("info", out).stdout
     told = "which the first call tells" in cli("info", out).stdout
     assert told == (report["most_state_bytes"] > report["state_bytes"]) == (rope_type == "default")
 

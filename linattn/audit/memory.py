@@ -23,7 +23,7 @@ from linattn.convert import (
     prepare_cache,
     revert_model,
 )
-from linattn.convert.cache import POSITION
+from linattn.convert.cache import POSITION, shared
 from linattn.errors import OptionError, StateError
 from linattn.state import AttentionState
 
@@ -196,14 +196,15 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_
         return window
 
     entries = plan.converted
+    for layer in entries:
+        layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
+        layer.retained, layer.per_head = 0, False
     groups = (
         [([entry], each) for entry, each in zip(entries, budgets, strict=True)] if by_layer else [(entries, budget)]
     )
     for group, bytes_ in groups:
         window = largest(group, bytes_)
         for layer in group:
-            layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
-            layer.retained = 0
             layer.window = window if layer.native_window is None else min(window, layer.native_window)
     return plan
 
@@ -264,7 +265,7 @@ def _layer_bytes(model: PreTrainedModel, layer: ConvertedAttention) -> int:
     )
     turns_back = layer.far and not layer.far_rope and not layer.keeps_far_keys
     positions = layer.window + layer.retained * phi.num_kv_heads
-    return state.nbytes + (positions * POSITION.itemsize if turns_back else 0)
+    return shared(state, layer.repeats).nbytes + (positions * POSITION.itemsize if turns_back else 0)
 
 
 def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
@@ -276,7 +277,7 @@ def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
 
 def _window_bytes(layer: LayerPlan, window: int, dtype: torch.dtype, retained: int = 0) -> int:
     """Bytes of the state of a sliding window with the sinks of ``layer``."""
-    sizes: dict[str, Any] = {"num_kv_heads": layer.kv_heads, "head_dim": layer.head_dim, "feature_dim": 0}
+    sizes: dict[str, Any] = {"num_kv_heads": layer.state_heads, "head_dim": layer.head_dim, "feature_dim": 0}
     sizes["retained"] = retained
     state = AttentionState.empty(1, **sizes, window=window, sinks=layer.sinks, dtype=dtype, device="meta")
-    return state.nbytes
+    return shared(state, layer.repeats).nbytes

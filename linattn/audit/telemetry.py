@@ -30,7 +30,7 @@ QUERIES_AT_ONCE = 256
 
 
 class LayerTelemetry(NamedTuple):
-    """One converted layer on a text.
+    """One converted layer on a text. Hkv counts its states: with ``per_head``, one for each query head.
 
     Attributes:
         layer: position among the model's attention layers. path: of its attention module.

@@ -104,6 +104,7 @@ Sinks = Annotated[int, typer.Option(min=0, help="First tokens attended exactly."
 Retained = Annotated[int, typer.Option(min=0, help="Best-scored tokens behind the window attended exactly.")]
 Recency = Annotated[float, typer.Option(help="What a token's score gains with each position: older ones fade.")]
 DecayOption = Annotated[Decay, typer.Option(help="Forgetting in the far branch: learned half-lives, or gated by data.")]
+PerHead = Annotated[bool, typer.Option("--per-head", help="A state per query head, not per key/value head.")]
 FarRope = Annotated[
     bool, typer.Option(help="Whether the far branch reads queries and keys after rotary embedding, or before it.")
 ]
@@ -132,6 +133,7 @@ PLAN_OPTIONS = (
     "retained",
     "recency",
     "decay",
+    "per_head",
     "far_rope",
     "sink_distance",
     "keep_layers",
@@ -151,6 +153,7 @@ def plan(
     retained: Retained = 0,
     recency: Recency = 0.002,
     decay: DecayOption = Decay.none,
+    per_head: PerHead = False,
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
@@ -181,6 +184,7 @@ def plan(
         retained,
         recency,
         decay,
+        per_head,
         far_rope,
         sink_distance,
         keep_layers,
@@ -209,6 +213,7 @@ def convert(
     retained: Retained = 0,
     recency: Recency = 0.002,
     decay: DecayOption = Decay.none,
+    per_head: PerHead = False,
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
     keep_layers: KeepLayers = None,
@@ -244,6 +249,7 @@ def convert(
         retained,
         recency,
         decay,
+        per_head,
         far_rope,
         sink_distance,
         keep_layers,
@@ -843,6 +849,7 @@ def _plan_options(
     retained: int,
     recency: float,
     decay: Decay,
+    per_head: bool,
     far_rope: bool,
     sink_distance: int | None,
     keep_layers: str | None,
@@ -859,6 +866,7 @@ def _plan_options(
         "retained": retained,
         "recency": recency,
         "decay": None if decay is Decay.none else decay.value,
+        "per_head": per_head,
         "far_rope": far_rope,
         "sink_distance": sink_distance,
         "keep_softmax": _indices(keep_layers or ""),
@@ -1000,17 +1008,17 @@ def _keeping_far_keys(source: Source, layers: list[LayerPlan]) -> dict[str, bool
 
 
 def _state_bytes(layer: LayerPlan, dtype: torch.dtype, keeps_far_keys: bool) -> int:
-    from linattn.convert.cache import POSITION
+    from linattn.convert.cache import POSITION, shared
     from linattn.feature_maps import make
     from linattn.state import AttentionState
 
     features = 0
     if layer.feature_map is not None:
-        sizes: dict[str, Any] = {"num_heads": layer.heads, "num_kv_heads": layer.kv_heads, "device": "meta"}
+        sizes: dict[str, Any] = {"num_heads": layer.heads, "num_kv_heads": layer.state_heads, "device": "meta"}
         features = make(layer.feature_map, layer.head_dim, **sizes, **layer.feature_map_options).feature_dim
     state = AttentionState.empty(
         1,
-        num_kv_heads=layer.kv_heads,
+        num_kv_heads=layer.state_heads,
         feature_dim=features,
         head_dim=layer.head_dim,
         window=layer.window,
@@ -1022,8 +1030,8 @@ def _state_bytes(layer: LayerPlan, dtype: torch.dtype, keeps_far_keys: bool) -> 
         device="meta",
     )
     turns_back = not layer.far_rope and not keeps_far_keys
-    positions = layer.window + layer.retained * layer.kv_heads
-    return state.nbytes + (positions * POSITION.itemsize if turns_back else 0)
+    positions = layer.window + layer.retained * layer.state_heads
+    return shared(state, layer.repeats).nbytes + (positions * POSITION.itemsize if turns_back else 0)
 
 
 def _memory(
@@ -1050,6 +1058,7 @@ def _memory(
             text += f", window {layer.window}, sinks {layer.sinks}"
             text += f", {layer.retained} retained" if layer.retained else ""
             text += f", {layer.decay} decay" if layer.decay else ""
+            text += ", a state per query head" if layer.per_head else ""
         how[text] = how.get(text, 0) + 1
     return {
         "converted_layers": sum(converted),

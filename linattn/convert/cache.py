@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ MAX_LOOKBACK = 512
 """Tokens that stay retractable while a cache records its past: an upper bound on a draft of assisted decoding."""
 POSITION = torch.int32
 """Dtype of the ring's positions."""
+SHARED = ("recent_k", "recent_v", "recent_far_k", "sink_k", "sink_v")
+"""Tensors ``[N, ·, Hkv, ·]`` of a state that are the same for all query heads of a key/value head of the model."""
 
 
 class LinattnCacheLayer(CacheLayerMixin):
@@ -34,7 +37,8 @@ class LinattnCacheLayer(CacheLayerMixin):
     ``update`` hands the new keys and values through; the attention function stores the state with :meth:`commit`.
 
     Attributes:
-        state: the memory, or None before the first token.
+        state: the memory, or None before the first token. In a layer with ``per_head``, window and sinks have the heads
+            of the model's keys, all else those of the queries (:func:`shared`).
         positions: ``[N, W]`` int32, the rotary positions of the state's ring, where the layer turns its keys back
             instead of holding them before rotary embedding too; else None.
         kept_positions: ``[N, M, Hkv]`` int32, those of the state's retained tokens beside them.
@@ -244,6 +248,25 @@ class LinattnCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._each_tensor(lambda state: state.repeat(repeats), lambda held: held.repeat_interleave(repeats, dim=0))
+
+
+def shared(state: AttentionState, repeats: int) -> AttentionState:
+    """A state per query head, each key/value head of which comes ``repeats`` times, with window and sinks held once."""
+    if repeats == 1:
+        return state
+    return _each_shared(state, lambda t: t[:, :, ::repeats].contiguous())
+
+
+def spread(state: AttentionState, repeats: int) -> AttentionState:
+    """The state that :func:`shared` was given."""
+    if repeats == 1:
+        return state
+    return _each_shared(state, lambda t: t.repeat_interleave(repeats, 2))
+
+
+def _each_shared(state: AttentionState, change: Callable[[Tensor], Tensor]) -> AttentionState:
+    changed: dict[str, Any] = {name: change(t) for name, t in state.tensors().items() if name in SHARED}
+    return dataclasses.replace(state, **changed)
 
 
 def decoder_cache(cache: Cache) -> Cache:

@@ -23,7 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linattn.attention import starting_log_half_lives
-from linattn.convert.cache import LinattnCacheLayer, adopt
+from linattn.convert.cache import LinattnCacheLayer, adopt, shared, spread
 from linattn.convert.plan import LayerPlan
 from linattn.convert.rotary import (
     FAR_ROPE,
@@ -65,6 +65,9 @@ class ConvertedAttention(nn.Module):
     It lives as the child ``linattn`` of the attention module it serves; the projections, norms and rotary embedding
     stay that module's own. See :func:`linattn.kernels.kernel_attention` for the operator.
 
+    It is called with keys and values of Hkv heads. With ``per_head`` in the plan these are the module's own, repeated:
+    Hkv is H, and each query head has key features, a decay, scores and a state for itself.
+
     Args:
         layer: what the plan says about this layer.
         device, dtype: of the parameters.
@@ -75,6 +78,7 @@ class ConvertedAttention(nn.Module):
         bound: True in a layer left softmax within a window: what looks at converted layers passes it by.
         retained: tokens behind the window that each key/value head attends exactly, the best-scored ones.
         recency: what a token's score gains with each position.
+        repeats: how often each key/value head of the model comes among the Hkv: 1, or H over their number.
         score: tells the scores, recency left out; None in a layer built without retained tokens. It sees keys before
             rotary embedding, whatever ``far_rope`` is; where the embedding cannot be undone, after it.
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
@@ -92,7 +96,7 @@ class ConvertedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
-        self.retained, self.recency = layer.retained, layer.recency
+        self.retained, self.recency, self.repeats = layer.retained, layer.recency, layer.repeats
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
         self.sink_distance = layer.sink_distance
         self.far, self.bound = layer.feature_map is not None, layer.kind == "bound"
@@ -101,7 +105,7 @@ class ConvertedAttention(nn.Module):
             layer.feature_map or PLAIN,
             layer.head_dim,
             num_heads=layer.heads,
-            num_kv_heads=layer.kv_heads,
+            num_kv_heads=layer.state_heads,
             scale=layer.scale,
             device=device,
             dtype=dtype,
@@ -110,13 +114,13 @@ class ConvertedAttention(nn.Module):
         bias = torch.empty(layer.heads, device=device, dtype=dtype)
         self.far_bias = nn.Parameter(bias) if self.far else None
         if self.decay == "fixed":
-            self.log_half_life = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
+            self.log_half_life = nn.Parameter(torch.empty(layer.state_heads, device=device, dtype=dtype))
         elif self.decay == "data":
-            self.gate_weight = nn.Parameter(torch.empty(layer.kv_heads, layer.head_dim, device=device, dtype=dtype))
-            self.gate_bias = nn.Parameter(torch.empty(layer.kv_heads, device=device, dtype=dtype))
+            self.gate_weight = nn.Parameter(torch.empty(layer.state_heads, layer.head_dim, device=device, dtype=dtype))
+            self.gate_bias = nn.Parameter(torch.empty(layer.state_heads, device=device, dtype=dtype))
         self.score: TokenScore | None = None
         if self.retained:
-            self.score = TokenScore(layer.kv_heads, layer.head_dim, device=device, dtype=dtype)
+            self.score = TokenScore(layer.state_heads, layer.head_dim, device=device, dtype=dtype)
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
@@ -340,22 +344,24 @@ class ConvertedAttention(nn.Module):
             causal=self.causal,
             mask=mask,
             cu_seqlens=cu_seqlens,
-            state=state,
+            state=None if state is None else spread(state, self.repeats),
             return_state=cache_layer is not None,
             lookback=0 if cache_layer is None else cache_layer.lookback,
         )
         if cache_layer is not None and result.state is not None:
+            after = shared(result.state, self.repeats)
             if turns_back:
                 assert rotation is not None
-                after = dataclasses.replace(result.state, recent_far_k=None, kept_far_k=None)
+                after = dataclasses.replace(after, recent_far_k=None, kept_far_k=None)
                 cache_layer.commit(after, rotation.positions, mask, scores)
             else:
-                cache_layer.commit(result.state)
+                cache_layer.commit(after)
         return result.out.reshape(*shape[:-1], v.shape[-1])
 
     def extra_repr(self) -> str:
         parts = [f"window={self.window}", f"sinks={self.sinks}", f"decay={self.decay!r}", f"causal={self.causal}"]
         parts += [f"retained={self.retained}", f"recency={self.recency}"] * (self.score is not None)
+        parts += [f"repeats={self.repeats}"] * (self.repeats > 1)
         parts += ["softmax"] if self.bound else [f"far_rope={self.far_rope}"]
         return ", ".join(parts if self.sink_distance is None else [*parts, f"sink_distance={self.sink_distance}"])
 
@@ -630,6 +636,8 @@ def attention_forward(
             f"{type(module).__name__} was converted as {told[converted.causal]} attention and is called as "
             f"{told[causal]}; convert the model in the form it is used in."
         )
+    if converted.repeats > 1:
+        key, value = (t.repeat_interleave(converted.repeats, dim=1) for t in (key, value))
     packing = _packing(query.transpose(1, 2).shape, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"))
     out = converted(
         query.transpose(1, 2),

@@ -50,6 +50,9 @@ class LayerPlan:
             a plan may give some to a bound layer, too.
         recency: what a token's score gains with each position.
         decay: None, ``"fixed"`` (one learned half-life per key/value head) or ``"data"`` (gated by each key).
+        per_head: every query head has a state of its own: what else is of a key/value head, its key features, decay,
+            retained tokens and their scores, is then of a query head. Window and sinks are held once for all that
+            share them.
         native_window: the layer's own sliding window, or None.
         far_rope: False lets the feature map, and the gates, read queries and keys before rotary embedding; window and
             sinks read them after it.
@@ -76,10 +79,21 @@ class LayerPlan:
     retained: int = 0
     recency: float = 0.002
     decay: str | None = None
+    per_head: bool = False
     native_window: int | None = None
     far_rope: bool = True
     sink_distance: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def repeats(self) -> int:
+        """How often each key/value head of the model comes among the layer's: once, or for each of its query heads."""
+        return self.heads // self.kv_heads if self.per_head else 1
+
+    @property
+    def state_heads(self) -> int:
+        """Heads of its states: Hkv, or H with ``per_head``."""
+        return self.kv_heads * self.repeats
 
 
 @dataclasses.dataclass
@@ -201,6 +215,8 @@ class ConversionPlan:
                 notes = [*notes, f"sinks at most {layer.sink_distance} tokens away"]
             if layer.kind != "keep" and layer.retained:
                 notes = [*notes, f"{layer.retained} retained tokens"]
+            if layer.kind != "keep" and layer.per_head:
+                notes = [*notes, "a state per query head"]
             if layer.kind == "bound":
                 notes = [f"softmax of the last {layer.window} tokens and {layer.sinks} sinks", *notes]
             why = "; ".join([layer.reason] * bool(layer.reason) + notes)
@@ -225,6 +241,7 @@ def plan_model(
     retained: int | Sequence[int] = 0,
     recency: float = 0.002,
     decay: str | None = None,
+    per_head: bool | Sequence[bool] = False,
     far_rope: bool = True,
     sink_distance: int | None = None,
     feature_map_options: dict[str, Any] | None = None,
@@ -248,6 +265,8 @@ def plan_model(
             Causal attention only.
         recency: added to the score of each later token, so that older ones fade.
         decay: None, ``"fixed"`` or ``"data"``; see :class:`LayerPlan`.
+        per_head: True gives every query head a state of its own where grouped ones would share one; a list as of
+            ``window``. See :class:`LayerPlan`.
         far_rope: False keeps rotary embedding out of the far branch; see :class:`LayerPlan`. Layers that say they have
             none (``use_rope``) are left at True.
         sink_distance: bounds the rotary distance of sinks, which else grows beyond what a model was trained on; see
@@ -278,8 +297,9 @@ def plan_model(
     modules = {layer.index: module for layer, module in found}
     entries = [layer for layer, _ in found]
     windows, pools = _each("window", window, len(entries)), _each("retained", retained, len(entries))
-    for each, pool in dict.fromkeys(zip(windows, pools, strict=True)) or [(0, 0)]:
-        _check_options(each, sinks, pool, recency, decay, far_rope, sink_distance, native_sliding, on_unsupported)
+    alone = _each("per_head", per_head, len(entries))
+    for each, pool, own in dict.fromkeys(zip(windows, pools, alone, strict=True)) or [(0, 0, False)]:
+        _check_options(each, sinks, pool, recency, decay, own, far_rope, sink_distance, native_sliding, on_unsupported)
     bounds = _bounds(softmax_window, len(entries))
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
@@ -303,8 +323,8 @@ def plan_model(
         elif layer.native_window is not None and native_sliding == "keep":
             layer.kind, layer.reason = "keep", f"has a sliding window of its own ({layer.native_window})"
         else:
+            layer.retained, layer.recency, layer.per_head = pools[layer.index], recency, alone[layer.index]
             _fill(layer, feature_map, feature_map_options or {}, windows[layer.index], sinks, decay)
-            layer.retained, layer.recency = pools[layer.index], recency
             if getattr(modules[layer.index], "use_rope", True):
                 _settle_rope(layer, model, far_rope, sink_distance)
     plan = ConversionPlan(model.config.model_type, entries)
@@ -366,7 +386,7 @@ def _leave(layer: LayerPlan, reason: str, window: int | None) -> None:
     if window is not None and layer.supported and layer.native_window is None:
         layer.kind, layer.window = "bound", window
         layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
-        layer.retained = 0
+        layer.retained, layer.per_head = 0, False
 
 
 def _settle_rope(layer: LayerPlan, model: PreTrainedModel, far_rope: bool, sink_distance: int | None) -> None:
@@ -390,6 +410,7 @@ def _check_options(
     retained: int,
     recency: float,
     decay: str | None,
+    per_head: bool,
     far_rope: bool,
     sink_distance: int | None,
     native_sliding: str,
@@ -402,8 +423,9 @@ def _check_options(
         raise OptionError(f"recency: got {recency!r}, expected a finite number.")
     if decay not in DECAYS:
         raise OptionError(f"decay: got {decay!r}, expected one of {', '.join(map(repr, DECAYS))}.")
-    if not isinstance(far_rope, bool):
-        raise OptionError(f"far_rope: got {far_rope!r}, expected True or False.")
+    for name, value in (("per_head", per_head), ("far_rope", far_rope)):
+        if not isinstance(value, bool):
+            raise OptionError(f"{name}: got {value!r}, expected True or False.")
     _check_sink_distance(sink_distance, sinks)
     if native_sliding not in ("keep", "convert"):
         raise OptionError(f"native_sliding: got {native_sliding!r}, expected 'keep' or 'convert'.")
@@ -446,7 +468,7 @@ def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan
 def _check_layer(layer: LayerPlan) -> None:
     if not layer.supported:
         raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
-    settled = (layer.window, layer.sinks, layer.retained, layer.recency, layer.decay, layer.far_rope)
+    settled = (layer.window, layer.sinks, layer.retained, layer.recency, layer.decay, layer.per_head, layer.far_rope)
     _check_options(*settled, None, "keep", "error")
     if layer.retained and not layer.causal:
         raise ConversionError(
@@ -469,7 +491,7 @@ def _check_layer(layer: LayerPlan) -> None:
             layer.feature_map,
             layer.head_dim,
             num_heads=layer.heads,
-            num_kv_heads=layer.kv_heads,
+            num_kv_heads=layer.state_heads,
             scale=layer.scale,
             device="meta",
             **layer.feature_map_options,

@@ -39,8 +39,9 @@ def test_variants_differ_from_the_recipe_where_they_say(benchmark: ModuleType) -
     assert retained["student"] | {"retained": 0} == pure["student"] | {"window": 64, "retained": 0}
     assert [found[f"window 128, {count} layers softmax"]["keep"] for count in (2, 4)] == [2, 4]
     assert changed("window 128, 4 layers softmax") == ["keep"]
-    for name in ("no decay", "decay by data", "rotary embedding far", "token weights"):
+    for name in ("no decay", "decay by data", "rotary embedding far", "token weights", "state per head"):
         assert changed(name) == ["student"]
+    assert found["state per head"]["student"] == base["student"] | {"per_head": True}
     assert found["rotary embedding far"]["student"] == base["student"] | {"far_rope": True}
     assert changed("no transfer") == changed("no far target") == ["stages"]
     assert {stage["kind"] for stage in found["no transfer"]["stages"]} == {"logits"}
