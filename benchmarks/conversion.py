@@ -6,7 +6,7 @@
 
 All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
 softmax ("hybrid"), with none ("pure") and with retained tokens in place of the latter's wide windows ("retained"), all
-beside a window of equal bytes trained as they were; "pure" and "retained" with nothing far, the former's bytes as windows
+beside a window of equal bytes trained as they were; the latter two with nothing far, the bytes of "pure" as windows
 layer by layer ("windows alone", "retained alone"); the recipe with windows of 128 in all layers
 and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
 rotary embedding in the far branch, with weighted features, and with a state per query head in place of one per
