@@ -58,7 +58,7 @@ def report_tables(report: dict[str, Any]) -> list[ReportTable]:
         "recall": _recall,
         "speed": _speed,
     }
-    return [make(report) for part, make in makers.items() if part in report]
+    return [make(report) for part, make in makers.items() if report.get(part)]
 
 
 def to_markdown(report: dict[str, Any], *, title: str = "Audit", images: tuple[str, ...] = ()) -> str:

@@ -60,7 +60,7 @@ def audit_model(
     Args:
         teacher: the model before its conversion. student: the converted one.
         tokens: ``[N, T]`` int64, N ≥ 2 windows of text that neither was trained on, T well beyond what the
-            student attends exactly.
+            student attends exactly. Losses can be told of shorter ones, too: layers may differ in what they attend.
         parts: what to measure, of ``PARTS``.
         recall: measures one model, as ``lambda model: recall_by_distance(model, tasks, text, distances=…)``; without
             it there is no part ``recall``.
@@ -90,7 +90,8 @@ def audit_model(
           ``windows`` of a control: tokens in the window of each converted layer. ``beyond_reach``: means over the
           positions beyond ``reach``, of ``far_branch`` (far_off − student), ``retained`` (retained_off − student),
           ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control``, ``over_layer_control``
-          and ``over_trained_control`` (control − student). ``differences``: the same by position.
+          and ``over_trained_control`` (control − student); empty if there are none. ``differences``: the same by
+          position.
         - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
         - ``counterfactual``: :func:`counterfactual_kl` of ``teacher``, ``student`` and ``far_off`` under ``models``:
           ``buckets`` by the number of intact tokens, of which there are up to T // 2, and the means ``beyond_reach``
@@ -114,7 +115,8 @@ def audit_model(
     if unknown := sorted({*parts} - {*PARTS}):
         raise OptionError(f"parts: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}.")
     wanted = [part for part in PARTS if part in parts and (part != "recall" or recall is not None)]
-    if count < 2 or length <= reach + 1:
+    beyond_all = length > reach + 1
+    if count < 2 or not (beyond_all or wanted == ["losses"]):
         raise ShapeError(
             f"tokens: got {count} windows of {length} tokens, expected at least 2 (for standard errors) and more than "
             f"{near} = {reach} tokens, up to which nothing is far."
@@ -154,7 +156,8 @@ def audit_model(
     if "losses" in wanted:
         losses, facts = _losses(teacher, student, trained_control, tokens, edges, step)
         differences = {name: losses[a] - losses[b] for name, (a, b) in PAIRS.items() if a in losses}
-        beyond = {name: mean_over(values, start=reach + 1) for name, values in differences.items()}
+        if beyond_all:
+            beyond = {name: mean_over(values, start=reach + 1) for name, values in differences.items()}
         report["models"] = facts
         report["beyond_reach"] = {name: bucket.as_dict() for name, bucket in beyond.items()}
         report["differences"] = {

@@ -31,6 +31,7 @@ from linattn.audit import (
 from linattn.audit.ablations import converted_layers
 from linattn.audit.far_gain import FarGain
 from linattn.audit.positions import Bucket
+from linattn.audit.render import report_tables
 from linattn.audit.render import to_markdown
 from linattn.convert import ConvertedAttention
 from linattn.distill import calibrate
@@ -350,3 +351,15 @@ def test_what_cannot_be_audited_is_refused(llama, windows):
         audit_model(llama(), llama(), windows(2))
     with pytest.raises(ConversionError, match="converted already"):
         audit_model(student, student, windows(2))
+
+
+def test_losses_of_windows_that_the_widest_layer_attends_exactly(llama, windows):
+    """The other layer has something far: its absence shows, and what is told beyond the widest is left out."""
+    student = convert_model(llama(), window=[8, 3], sinks=2)
+    report = audit_model(llama(), student, windows(2, 11), parts=["losses"])
+    assert report["beyond_reach"] == {}
+    assert report["models"]["far_off"]["buckets"] != report["models"]["student"]["buckets"]
+    assert report["verdict"] == [
+        f"Its memory takes fewer bytes than its teacher's from {report['cheaper_from']} tokens on."
+    ]
+    assert [table.title for table in report_tables(report)] == ["Cross-entropy by position, nats per token"]
