@@ -31,8 +31,7 @@ from linattn.audit import (
 from linattn.audit.ablations import converted_layers
 from linattn.audit.far_gain import FarGain
 from linattn.audit.positions import Bucket
-from linattn.audit.render import report_tables
-from linattn.audit.render import to_markdown
+from linattn.audit.render import report_tables, to_markdown
 from linattn.convert import ConvertedAttention
 from linattn.distill import calibrate
 from linattn.errors import ConversionError, OptionError, ShapeError
