@@ -27,19 +27,18 @@ def trainable_layers(model: nn.Module, *, far: bool = True, retained: bool = Fal
 
     Args:
         far: False also takes layers without a far branch: converted without one, or left softmax within a window.
-        retained: True also takes layers without a far branch that retain tokens.
+        retained: True also takes layers without a far branch that retain tokens, and passes by those that have neither.
     """
-    layers = {
-        name.rpartition(".")[0]: module
-        for name, module in model.named_modules()
-        if isinstance(module, ConvertedAttention) and not (far and module.bound)
-    }
+    layers = _layers(model, bound=not far)
     if not layers:
         raise ConversionError(f"{type(model).__name__} has no converted layer; call convert_model first.")
     if any(not module.causal for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has bidirectional converted layers; the stages are causal.")
     if any(not module.far and module.far_bias is not None for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has no far branch to train; leave window_only first.")
+    if retained:
+        learning = {path: module for path, module in layers.items() if module.far or module.retained}
+        layers = learning or layers
     if far and any(not (module.far or (retained and module.retained)) for module in layers.values()):
         raise ConversionError(
             f"{type(model).__name__} has layers without a far branch (feature_map=None), which have nothing to learn "
@@ -49,9 +48,18 @@ def trainable_layers(model: nn.Module, *, far: bool = True, retained: bool = Fal
 
 
 def indices(model: nn.Module, layers: dict[str, ConvertedAttention]) -> dict[str, int]:
-    """The layers' indices in the plan of ``model``, of which they are the :func:`trainable_layers`, by path."""
+    """The indices in the plan of ``model`` of some :func:`trainable_layers` of it that are not bound, by path."""
     plan = ConversionPlan.from_dict(model.config.linattn)  # type: ignore[union-attr,arg-type]
-    return dict(zip(layers, (layer.index for layer in plan.converted), strict=True))
+    found = dict(zip(_layers(model, bound=False), (layer.index for layer in plan.converted), strict=True))
+    return {path: found[path] for path in layers}
+
+
+def _layers(model: nn.Module, *, bound: bool) -> dict[str, ConvertedAttention]:
+    return {
+        name.rpartition(".")[0]: module
+        for name, module in model.named_modules()
+        if isinstance(module, ConvertedAttention) and (bound or not module.bound)
+    }
 
 
 @contextlib.contextmanager

@@ -106,8 +106,7 @@ class Transfer(Stage):
         """The loss on a converted ``model``; a ``teacher`` is not needed, and not looked at.
 
         Raises:
-            ConversionError: ``model`` has no converted causal layer, or one that has neither far branch nor retained
-                tokens.
+            ConversionError: ``model`` has no converted causal layer with a far branch or retained tokens.
             OptionError: ``length`` fits in what a layer attends exactly.
             UnsupportedError: a layer's feature map has no far mass of its own.
         """

@@ -90,7 +90,7 @@ def test_every_variant_runs_and_the_table_has_what_was_measured(
                 for over in ("far_branch", "over_control", "over_trained_control")
             ]
             assert line.removesuffix(" |").split(" | ")[2:5] == told
-    assert text.count("| — equal bytes, no training |") == len(found) - 2  # none of "broken" and "windows alone"
+    assert text.count("| — equal bytes, no training |") == len(found) - 3  # none of "broken" and the two "alone"
     assert text.count("| — equal bytes, trained |") == 3
     assert f"Not run: broken: {results['broken']['error']}" in text
     assert (tmp_path / "results" / "conversion.png").stat().st_size > 0

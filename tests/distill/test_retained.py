@@ -33,7 +33,7 @@ from linattn.distill.engine import Batch
 from linattn.distill.layers import expiry, trainable_layers
 from linattn.distill.scores import LookupRegression, attended, auc, explained, poisson_loss
 from linattn.distill.transfer import LayerErrors, far_log_mass, far_output
-from linattn.errors import OptionError
+from linattn.errors import ConversionError, OptionError
 
 HERE = [str(Path(__file__).parent), str(Path(linattn.__file__).parents[1])]
 LENGTH, WINDOW, SINKS, RETAINED = 31, 5, 2, 6
@@ -426,6 +426,14 @@ def test_some_layers_learn_what_is_looked_up(llama, tokens_file):
     assert {name.split(".")[2]: t.item() for name, t in bonus.items()} == {"0": 0.0, "1": 12.0}
     with pytest.raises(OptionError, match=r"lookup_layers: \[1\] retain no tokens; expected some of \[0\]"):
         stage.objective(student(llama())).__enter__()
+
+
+def test_layers_with_nothing_to_learn_are_passed_by(llama):
+    model = student(llama(), feature_map=None, decay=None, retained=[0, RETAINED])
+    with Transfer(steps=1, length=40, lookup_layers=(1,), **LOOKUP).objective(model) as objective:
+        assert [path.split(".")[2] for path in objective.layers] == ["1"]
+    with pytest.raises(ConversionError, match="nothing to learn"):
+        Transfer(steps=1, length=40).objective(student(llama(), feature_map=None, decay=None, retained=0)).__enter__()
 
 
 @pytest.mark.parametrize("feature_map", [None, "hedgehog"])
