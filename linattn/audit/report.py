@@ -102,7 +102,8 @@ def audit_model(
         - ``speed``: :class:`DecodeSpeed` of ``teacher`` and ``student``, ``faster_from``: see :func:`faster_from`.
 
     Raises:
-        ShapeError: fewer than two windows, or windows that do not reach beyond what is attended exactly.
+        ShapeError: fewer than two windows, or windows that do not reach beyond what is attended exactly and parts
+            other than ``losses``.
         OptionError: an unknown part; ``start`` lies within it, where nothing is far.
         ConversionError: ``student`` is not converted, or ``teacher`` is.
     """

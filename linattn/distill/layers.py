@@ -36,15 +36,15 @@ def trainable_layers(model: nn.Module, *, far: bool = True, retained: bool = Fal
         raise ConversionError(f"{type(model).__name__} has bidirectional converted layers; the stages are causal.")
     if any(not module.far and module.far_bias is not None for module in layers.values()):
         raise ConversionError(f"{type(model).__name__} has no far branch to train; leave window_only first.")
-    if retained:
-        learning = {path: module for path, module in layers.items() if module.far or module.retained}
-        layers = learning or layers
-    if far and any(not (module.far or (retained and module.retained)) for module in layers.values()):
+    if not far:
+        return layers
+    learning = {path: module for path, module in layers.items() if module.far or (retained and module.retained)}
+    if not learning or (len(learning) < len(layers) and not retained):
         raise ConversionError(
             f"{type(model).__name__} has layers without a far branch (feature_map=None), which have nothing to learn "
             "from their softmax attention; a Logits stage trains the weights around them."
         )
-    return layers
+    return learning
 
 
 def indices(model: nn.Module, layers: dict[str, ConvertedAttention]) -> dict[str, int]:

@@ -124,7 +124,7 @@ class Transfer(Stage):
                 "tell what is looked up; use longer ones, or a smaller lookup_after."
             )
         looking = {path: module for path, module in layers.items() if module.retained and self.lookup_bonus}
-        if self.lookup_layers is not None and looking:
+        if self.lookup_layers is not None and self.lookup_bonus:
             index = {i: path for path, i in indices(model, layers).items() if path in looking}
             if wrong := sorted(set(self.lookup_layers) - index.keys()):
                 raise OptionError(f"lookup_layers: {wrong} retain no tokens; expected some of {sorted(index)}.")
@@ -223,7 +223,7 @@ class LayerErrors(Objective):
             apart = self.split and path not in dropped and module.far and module.reach > 0
             ends = expiry(module, k, v, options) if apart else None
             split = exact(module, q, k, v, options, ends, **({} if apart else WHOLE))
-            with torch.enable_grad():
+            with torch.set_grad_enabled(module.far):
                 if path in dropped:
                     found = {"without_window": relative_error(_far_alone(module, q, k, v, options), split.out)}
                 else:

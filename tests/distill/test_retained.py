@@ -426,6 +426,8 @@ def test_some_layers_learn_what_is_looked_up(llama, tokens_file):
     assert {name.split(".")[2]: t.item() for name, t in bonus.items()} == {"0": 0.0, "1": 12.0}
     with pytest.raises(OptionError, match=r"lookup_layers: \[1\] retain no tokens; expected some of \[0\]"):
         stage.objective(student(llama())).__enter__()
+    with pytest.raises(OptionError, match=r"lookup_layers: \[1\] retain no tokens"):
+        stage.objective(student(llama(), retained=0)).__enter__()
 
 
 def test_layers_with_nothing_to_learn_are_passed_by(llama):
@@ -438,11 +440,10 @@ def test_layers_with_nothing_to_learn_are_passed_by(llama):
 
 @pytest.mark.parametrize("feature_map", [None, "hedgehog"])
 def test_layers_without_a_far_branch_learn_what_to_retain(llama, tokens_file, feature_map):
-    """The same scores, to a rounding, as layers that have one, of which no score knows."""
     torch.manual_seed(0)
     model = convert_model(llama().double(), feature_map=feature_map, window=4, sinks=2, retained=RETAINED)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    stage = Transfer(steps=20, learning_rate=0.0, length=40, rows=4, score_rate=1e-2, window_dropout=(0.5, 0.5))
+    stage = Transfer(steps=20, learning_rate=1e-2, length=40, rows=4, score_rate=1e-2, window_dropout=(0.5, 0.5))
     with stage.objective(model) as objective:
         done = train(model, objective, Windows(tokens_file, 40).batches(4), stage)
     changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
@@ -453,10 +454,11 @@ def test_layers_without_a_far_branch_learn_what_to_retain(llama, tokens_file, fe
 
 
 def test_scores_without_a_far_branch_are_those_beside_one(llama, tokens_file):
+    """To a rounding: nothing that a score learns from knows of the far branch."""
     found = []
     for feature_map in (None, "hedgehog"):
         model = student(llama().double(), feature_map=feature_map, retained=RETAINED, decay=None)
-        stage = Transfer(steps=3, learning_rate=0.0, length=40, rows=2, **LOOKUP)
+        stage = Transfer(steps=3, learning_rate=1e-2, length=40, rows=2, **LOOKUP)
         with stage.objective(model) as objective:
             train(model, objective, Windows(tokens_file, 40).batches(2), stage)
         found.append(scores_of(model))
