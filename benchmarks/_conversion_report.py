@@ -42,7 +42,10 @@ def _by_text(done: Results) -> list[dict[str, Mapping[str, Any]]]:
     """The results in groups that were judged on the same windows of the same texts."""
     groups: dict[Any, dict[str, Mapping[str, Any]]] = {}
     for name, result in done.items():
-        cut = tuple((row["text"], row["length"], row["windows"]) for row in result["audit"])
+        # Of other texts a teacher has other losses; those of one text differ by rounding between machines.
+        cut = tuple(
+            (row["text"], row["length"], row["windows"], round(row["losses"]["teacher"], 2)) for row in result["audit"]
+        )
         groups.setdefault(cut, {})[name] = result
     return list(groups.values())
 
@@ -106,16 +109,21 @@ def _recalls(done: Results) -> list[str]:
         rows = [["teacher", *_rates(next(iter(recalls.values()))["teacher"])]]
         for name, recall in recalls.items():
             rows += [[label.format(name), *_rates(recall[m])] for m, label in RECALLED.items() if m in recall]
-        header = [f"{task}, {distance:,}" for task, distance, _ in cells]
+        header = [f"{task}, {distance:,}" for task, distance, *_ in cells]
         about += ["", *_table([f"of {cells[0][2]} prompts", *header], rows)]
     return about
 
 
 def _by_prompts(asked: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
-    """Recalls in groups that were asked the same prompts, by (task, distance, number of prompts) of each."""
+    """Recalls in groups that were asked the same prompts: where the teacher found as many at each distance.
+
+    The keys have (task, distance, number of prompts, number found) of each cell.
+    """
     groups: dict[Any, dict[str, Any]] = {}
     for name, recall in asked.items():
-        cells = tuple((cell["task"], cell["distance"], cell["prompts"]) for cell in recall["teacher"])
+        cells = tuple(
+            tuple(cell[key] for key in ("task", "distance", "prompts", "found")) for cell in recall["teacher"]
+        )
         groups.setdefault(cells, {})[name] = recall
     return groups
 

@@ -11,6 +11,7 @@ layer by layer ("windows alone", "retained alone"); the recipe with windows of 1
 and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
 rotary embedding in the far branch, with weighted features, and with a state per query head in place of one per
 key/value head ("state per head"); and LoLCATs (arXiv:2410.10254), with cross-entropy as published, and with KL.
+The tokens are those that `linattn tokens` makes of the texts that benchmarks/texts.py fetches.
 --part 0.3 takes that part of all stages' steps. Several --jobs share a GPU that one small model cannot fill.
 
 Called again it goes on where it was stopped. Adds to results/conversion.json and .md, and to the plot: cross-entropy

@@ -414,6 +414,15 @@ def test_tokens_are_those_of_the_texts_in_order(saved: Path, texts: list[Path], 
     assert np.load(data).tolist() == [*long, 2, *short, 2, *short, 2]
 
 
+def test_a_tokenizer_needs_no_model_beside_it(saved: Path, texts: list[Path], tmp_path: Path) -> None:
+    alone = tmp_path / "tokenizer"
+    transformers.AutoTokenizer.from_pretrained(saved).save_pretrained(alone)
+    assert not (alone / "config.json").exists()
+    cli("tokens", texts[1], "--tokenizer", alone, "-o", tmp_path / "alone.npy")
+    cli("tokens", texts[1], "--tokenizer", saved, "-o", tmp_path / "beside.npy")
+    assert np.load(tmp_path / "alone.npy").tolist() == np.load(tmp_path / "beside.npy").tolist()
+
+
 def test_samples_are_those_of_the_library(saved: Path, tmp_path: Path) -> None:
     from linattn.distill import sample_from_teacher
 
@@ -531,6 +540,7 @@ BESIDE = ("--teacher", "MODEL", "--text", "TEXT", "--windows", "2", "--length", 
         (3, "no such file", ("info", "./nowhere")),
         (3, "no such file", ("info", "nowhere.gguf")),
         (3, "config.json", ("info", "EMPTY")),
+        (3, "no saved tokenizer", ("tokens", "TEXT", "--tokenizer", "EMPTY", "-o", "OUT/tokens.npy")),
         (3, "not a .gguf", ("info", "MODEL/config.json")),
         (3, "hub", ("info", "nobody/nothing")),
         (3, "broken", ("info", "BROKEN")),

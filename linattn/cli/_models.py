@@ -28,11 +28,13 @@ class Source:
     gguf_file: str | None = None
 
     @classmethod
-    def find(cls, name: str) -> Source:
+    def find(cls, name: str, what: str = "model") -> Source:
+        """Raises CheckpointError where there is no ``what``: a model, or a tokenizer with or without one."""
         path = Path(name).expanduser()
         if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise CheckpointError(f"{name}: no saved model, there is no config.json in this directory.")
+            files = {"model": ["config.json"], "tokenizer": ["config.json", "tokenizer_config.json"]}[what]
+            if not any((path / file).is_file() for file in files):
+                raise CheckpointError(f"{name}: no saved {what}, there is no {files[-1]} in this directory.")
             return cls(name, str(path))
         if path.is_file():
             if path.suffix != ".gguf":

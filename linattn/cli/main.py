@@ -512,7 +512,7 @@ def tokens(
 
     - `linattn tokens a.txt b.txt --tokenizer model.gguf -o held-out.npy`
     """
-    source = Source.find(tokenizer)
+    source = Source.find(tokenizer, "tokenizer")
     with _progress() as step, step("Tokenizing"):
         from linattn.distill import pack, read_texts
 
