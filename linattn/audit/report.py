@@ -46,6 +46,7 @@ def audit_model(
     parts: Sequence[str] = PARTS,
     recall: MeasureRecall | None = None,
     trained_control: PreTrainedModel | None = None,
+    context: int | None = None,
     start: int | None = None,
     stride: int | None = None,
     edges: Sequence[int] = EDGES,
@@ -65,8 +66,9 @@ def audit_model(
         recall: measures one model, as ``lambda model: recall_by_distance(model, tasks, text, distances=…)``; without
             it there is no part ``recall``.
         trained_control: a model converted by ``equal_bytes_plan(student)`` and trained; a far branch would be deleted.
-        start: first position of the far-gain ratio; see :func:`far_gain`. Default 2,048, or T // 2 if that is less.
-        stride: of its truncated contexts.
+        context: tokens of the truncated contexts of the far-gain ratio; see :func:`far_gain`. Default ``reach``; less
+            says what retained tokens and far branch gain together beyond so many.
+        start: first position of that ratio. Default 2,048, or T // 2 if that is less. stride: of its contexts.
         edges: bounds of the position buckets.
         lengths: at which decoding is timed. Default those of 256, 1,024, 4,096 and 16,384 tokens up to 4 T that the
             teacher has positions for, or T.
@@ -92,7 +94,7 @@ def audit_model(
           ``window_cost`` (far_off − teacher), ``cost`` (student − teacher), ``over_control``, ``over_layer_control``
           and ``over_trained_control`` (control − student); empty if there are none. ``differences``: the same by
           position.
-        - ``far_gain``: :class:`FarGain`, with contexts of ``reach`` tokens.
+        - ``far_gain``: :class:`FarGain`, with contexts of ``context`` tokens.
         - ``counterfactual``: :func:`counterfactual_kl` of ``teacher``, ``student`` and ``far_off`` under ``models``:
           ``buckets`` by the number of intact tokens, of which there are up to T // 2, and the means ``beyond_reach``
           and ``beyond_stack``, from ``stacked_reach`` intact tokens on; None where the text is too short.
@@ -122,9 +124,11 @@ def audit_model(
             f"tokens: got {count} windows of {length} tokens, expected at least 2 (for standard errors) and more than "
             f"{near} = {reach} tokens, up to which nothing is far."
         )
-    if "far_gain" in wanted and not 1 <= reach <= start < length:
-        raise OptionError(f"start={start}: expected {near} = {reach} ≤ start < T = {length}, and reach ≥ 1.")
-    stride = max(1, reach // 4) if stride is None else stride
+    named = f"{near} = {reach}" if context is None else f"context = {context}"
+    context = reach if context is None else context
+    if "far_gain" in wanted and not 1 <= context <= start < length:
+        raise OptionError(f"start={start}: expected 1 ≤ {named} ≤ start < T = {length}.")
+    stride = max(1, context // 4) if stride is None else stride
     if lengths is None:
         positions = getattr(teacher.config, "max_position_embeddings", None) or 4 * length
         lengths = [each for each in SPEED_LENGTHS if each <= min(4 * length, positions - MARGIN)] or [length]
@@ -170,10 +174,10 @@ def audit_model(
             if name not in losses:
                 losses[name] = token_losses(model, tokens)
                 step()
-            truncated = truncated_losses(model, tokens, context=reach, start=start, stride=stride)
+            truncated = truncated_losses(model, tokens, context=context, start=start, stride=stride)
             gains.append(truncated - losses[name][:, start - 1 :])
             step()
-        gain = gain_ratio(*gains, context=reach, start=start, stride=stride)
+        gain = gain_ratio(*gains, context=context, start=start, stride=stride)
         report["far_gain"] = gain.as_dict()
     if "counterfactual" in wanted:
         boundary = max(length // 2, sinks + 1)

@@ -255,6 +255,10 @@ def test_the_far_gain_alone_is_the_same(llama, text, student):
     report = audit_model(llama(), student, ids, parts=["far_gain"], progress=progress)
     assert report["far_gain"] == far_gain(llama(), student, ids, context=WINDOW + SINKS, start=LENGTH // 2).as_dict()
     assert reports == [(done, 4) for done in range(1, 5)]
+    near = audit_model(llama(), student, ids, parts=["far_gain"], context=6)["far_gain"]
+    assert near == far_gain(llama(), student, ids, context=6, start=LENGTH // 2).as_dict()
+    with pytest.raises(OptionError, match="context = 999 ≤ start"):
+        audit_model(llama(), student, ids, parts=["far_gain"], context=999)
 
 
 @pytest.mark.parametrize("part", ["losses", "recall"])

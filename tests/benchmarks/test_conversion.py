@@ -29,7 +29,8 @@ def test_variants_differ_from_the_recipe_where_they_say(benchmark: ModuleType) -
         return [key for key in base if key not in ("name", "control") and found[name][key] != base[key]]
 
     assert base["keep"] == 0
-    assert [name for name, config in found.items() if config.get("control")] == ["hybrid", "pure", "retained"]
+    controlled = ["hybrid", "pure", "retained", "retained for recall"]
+    assert [name for name, config in found.items() if config.get("control")] == controlled
     assert (len(hybrid["keep"]), pure["keep"]) == (6, [])
     assert pure["student"] | {"window": 128, "softmax_window": 8188} == base["student"]
     assert hybrid["student"] | {"window": 128} == base["student"]
@@ -58,6 +59,33 @@ def smoke(benchmark: ModuleType, tmp_path: Path, *only: str) -> dict[str, Any]:
     chosen = [word for name in only for word in ("--only", name)]
     benchmark.main(["--smoke", "--out", str(tmp_path), "--results", str(tmp_path / "results"), *chosen])
     return json.loads((tmp_path / "results" / "conversion.json").read_text(encoding="utf-8"))
+
+
+def test_the_parts_of_a_variant_get_its_config_and_all_that_was_asked(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(benchmark.recipe, "beside", lambda *args: called.append(args))
+    monkeypatch.setattr(benchmark, "run", lambda *args: {"config": {}, "error": "cut short"})
+    monkeypatch.setattr(benchmark.recipe, "load_teacher", lambda *args: (None, None))
+    monkeypatch.setattr(benchmark, "show", lambda *args: None)
+    data = ["--train", "t.npy", "--audit", "docs=d.npy", "--audit", "novel=n.npy", "--model", "m.gguf"]
+    options = ["--out", str(tmp_path), "--results", str(tmp_path), "--device", "cpu", "--only", "retained", "--beside"]
+    benchmark.main([*data, *options, "--part", "0.5"])
+    ((command, config, audits, folder, _),) = called
+    assert config == benchmark.shortened(benchmark.variants()["retained"], 0.5)
+    assert json.loads(Path(command[2]).read_text(encoding="utf-8")) == config
+    assert (audits, folder) == (["docs", "novel"], tmp_path / "retained")
+    said = dict(zip(command[3::2], command[4::2], strict=True))  # the last audit stands for both
+    assert said == {
+        "--out": str(folder),
+        "--train": "t.npy",
+        "--model": "m.gguf",
+        "--dtype": "bfloat16",
+        "--device": "cpu",
+        "--audit": "novel=n.npy",
+    }
+    assert command.count("--audit") == 2
 
 
 @pytest.mark.slow
@@ -91,7 +119,7 @@ def test_every_variant_runs_and_the_table_has_what_was_measured(
             ]
             assert line.removesuffix(" |").split(" | ")[2:5] == told
     assert text.count("| — equal bytes, no training |") == len(found) - 3  # none of "broken" and the two "alone"
-    assert text.count("| — equal bytes, trained |") == 3
+    assert text.count("| — equal bytes, trained |") == 4
     assert f"Not run: broken: {results['broken']['error']}" in text
     assert (tmp_path / "results" / "conversion.png").stat().st_size > 0
 

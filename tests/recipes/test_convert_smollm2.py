@@ -247,6 +247,29 @@ def test_recall_is_measured_of_all_models_and_read_again(recipe, tiny, files, tm
     assert json.loads((tmp_path / "run" / "result.json").read_text())["recall"] == found
 
 
+def test_parts_side_by_side_do_what_a_whole_run_does(recipe, tiny, files, tmp_path):
+    audit = {"lengths": [40], "tokens": 120, "recall": {"tasks": ["passkey"], "distances": [60], "prompts": 1}}
+    config = CONFIG | {"control": True, "audit": audit}
+    recipe.main(command(tiny, files, tmp_path / "whole", config))
+    recipe.main([*command(tiny, files, tmp_path / "parts", config), "--beside"])
+    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
+    assert sorted(path.name for path in (tmp_path / "parts" / "log").iterdir()) == [
+        "control",
+        "held@40",
+        "recall",
+        "student",
+    ]
+    for key in ("kept", "audit", "recall"):
+        assert parts[key] == whole[key]
+    assert [stage["last"] for stage in parts["stages"]] == [stage["last"] for stage in whole["stages"]]
+
+
+def test_a_part_that_fails_says_why(recipe, tiny, files, tmp_path):
+    broken = CONFIG | {"stages": [{"kind": "transfer", "steps": 1, "length": 4}]}
+    with pytest.raises(SystemExit, match=r"student failed, see .*: windows of 4 tokens fit"):
+        recipe.main([*command(tiny, files, tmp_path / "broken", broken), "--beside"])
+
+
 def test_minutes_become_steps_once_and_leave_the_student_as_it_was(recipe, tiny, files, tmp_path, monkeypatch):
     teacher, tokenizer = recipe.load_teacher(str(tiny), torch.float32, "cpu")
     student = linattn.convert_model(recipe.copy.deepcopy(teacher), **CONFIG["student"])
