@@ -23,9 +23,8 @@ from linattn.convert import (
     prepare_cache,
     revert_model,
 )
-from linattn.convert.cache import POSITION, shared
+from linattn.convert.cache import held_bytes
 from linattn.errors import OptionError, StateError
-from linattn.state import AttentionState
 
 PROBE = 32
 """Tokens that a model is given to see what its cache holds of them."""
@@ -250,8 +249,7 @@ def _linear_bytes(model: PreTrainedModel) -> int:
 
 def _layer_bytes(model: PreTrainedModel, layer: ConvertedAttention) -> int:
     phi = layer.feature_map
-    state = AttentionState.empty(
-        1,
+    return held_bytes(
         num_kv_heads=phi.num_kv_heads,
         feature_dim=phi.feature_dim if layer.far else 0,
         head_dim=phi.head_dim,
@@ -261,11 +259,9 @@ def _layer_bytes(model: PreTrainedModel, layer: ConvertedAttention) -> int:
         far_head_dim=phi.head_dim if layer.far and layer.keeps_far_keys else None,
         decay=layer.far and layer.decay is not None,
         dtype=_dtype(model, layer),
-        device="meta",
+        repeats=layer.repeats,
+        turns_back=layer.far and not layer.far_rope and not layer.keeps_far_keys,
     )
-    turns_back = layer.far and not layer.far_rope and not layer.keeps_far_keys
-    positions = layer.window + layer.retained * phi.num_kv_heads
-    return shared(state, layer.repeats).nbytes + (positions * POSITION.itemsize if turns_back else 0)
 
 
 def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
@@ -277,7 +273,13 @@ def _dtype(model: nn.Module, layer: ConvertedAttention) -> torch.dtype:
 
 def _window_bytes(layer: LayerPlan, window: int, dtype: torch.dtype, retained: int = 0) -> int:
     """Bytes of the state of a sliding window with the sinks of ``layer``."""
-    sizes: dict[str, Any] = {"num_kv_heads": layer.state_heads, "head_dim": layer.head_dim, "feature_dim": 0}
-    sizes["retained"] = retained
-    state = AttentionState.empty(1, **sizes, window=window, sinks=layer.sinks, dtype=dtype, device="meta")
-    return shared(state, layer.repeats).nbytes
+    return held_bytes(
+        num_kv_heads=layer.state_heads,
+        feature_dim=0,
+        head_dim=layer.head_dim,
+        window=window,
+        sinks=layer.sinks,
+        retained=retained,
+        dtype=dtype,
+        repeats=layer.repeats,
+    )

@@ -1008,16 +1008,14 @@ def _keeping_far_keys(source: Source, layers: list[LayerPlan]) -> dict[str, bool
 
 
 def _state_bytes(layer: LayerPlan, dtype: torch.dtype, keeps_far_keys: bool) -> int:
-    from linattn.convert.cache import POSITION, shared
+    from linattn.convert.cache import held_bytes
     from linattn.feature_maps import make
-    from linattn.state import AttentionState
 
     features = 0
     if layer.feature_map is not None:
         sizes: dict[str, Any] = {"num_heads": layer.heads, "num_kv_heads": layer.state_heads, "device": "meta"}
         features = make(layer.feature_map, layer.head_dim, **sizes, **layer.feature_map_options).feature_dim
-    state = AttentionState.empty(
-        1,
+    return held_bytes(
         num_kv_heads=layer.state_heads,
         feature_dim=features,
         head_dim=layer.head_dim,
@@ -1027,11 +1025,9 @@ def _state_bytes(layer: LayerPlan, dtype: torch.dtype, keeps_far_keys: bool) -> 
         decay=layer.decay is not None,
         far_head_dim=layer.head_dim if keeps_far_keys else None,
         dtype=dtype,
-        device="meta",
+        repeats=layer.repeats,
+        turns_back=not layer.far_rope and not keeps_far_keys,
     )
-    turns_back = not layer.far_rope and not keeps_far_keys
-    positions = layer.window + layer.retained * layer.state_heads
-    return shared(state, layer.repeats).nbytes + (positions * POSITION.itemsize if turns_back else 0)
 
 
 def _memory(

@@ -257,6 +257,18 @@ def shared(state: AttentionState, repeats: int) -> AttentionState:
     return _each_shared(state, lambda t: t[:, :, ::repeats].contiguous())
 
 
+def held_bytes(*, repeats: int = 1, turns_back: bool = False, **sizes: Any) -> int:
+    """Bytes that a cache holds of one layer for one sequence, of any length.
+
+    Args:
+        repeats: see :func:`shared`. turns_back: it holds positions by which keys are turned back, too.
+        sizes: of the layer's state, as :meth:`AttentionState.empty` takes them.
+    """
+    state = AttentionState.empty(1, device="meta", **sizes)
+    positions = sizes["window"] + sizes.get("retained", 0) * sizes["num_kv_heads"]
+    return shared(state, repeats).nbytes + (positions * POSITION.itemsize if turns_back else 0)
+
+
 def spread(state: AttentionState, repeats: int) -> AttentionState:
     """The state that :func:`shared` was given."""
     if repeats == 1:
