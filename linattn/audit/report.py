@@ -61,7 +61,8 @@ def audit_model(
     Args:
         teacher: the model before its conversion. student: the converted one.
         tokens: ``[N, T]`` int64, N ≥ 2 windows of text that neither was trained on, T well beyond what the
-            student attends exactly. Losses can be told of shorter ones, too: layers may differ in what they attend.
+            student attends exactly. Losses can be told of shorter ones, too, and far gains beyond a ``context``: layers
+            may differ in what they attend.
         parts: what to measure, of ``PARTS``.
         recall: measures one model, as ``lambda model: recall_by_distance(model, tasks, text, distances=…)``; without
             it there is no part ``recall``.
@@ -105,7 +106,7 @@ def audit_model(
 
     Raises:
         ShapeError: fewer than two windows, or windows that do not reach beyond what is attended exactly and parts
-            other than ``losses``.
+            other than ``losses`` and a far gain whose ``context`` is given.
         OptionError: an unknown part; ``start`` lies within it, where nothing is far.
         ConversionError: ``student`` is not converted, or ``teacher`` is.
     """
@@ -118,8 +119,8 @@ def audit_model(
     if unknown := sorted({*parts} - {*PARTS}):
         raise OptionError(f"parts: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}.")
     wanted = [part for part in PARTS if part in parts and (part != "recall" or recall is not None)]
-    beyond_all = length > reach + 1
-    if count < 2 or not (beyond_all or wanted == ["losses"]):
+    beyond_all, of_any_length = length > reach + 1, {"losses", *(["far_gain"] if context is not None else [])}
+    if count < 2 or not (beyond_all or {*wanted} <= of_any_length):
         raise ShapeError(
             f"tokens: got {count} windows of {length} tokens, expected at least 2 (for standard errors) and more than "
             f"{near} = {reach} tokens, up to which nothing is far."

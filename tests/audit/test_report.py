@@ -360,6 +360,11 @@ def test_losses_of_windows_that_the_widest_layer_attends_exactly(llama, windows)
     """The other layer has something far: its absence shows, and what is told beyond the widest is left out."""
     student = convert_model(llama(), window=[8, 3], sinks=2)
     report = audit_model(llama(), student, windows(2, 11), parts=["losses"])
+    told = audit_model(llama(), student, windows(2, 11), parts=["losses", "far_gain"], context=3)
+    assert told["models"] == report["models"]
+    assert told["far_gain"] == far_gain(llama(), student, windows(2, 11), context=3, start=5).as_dict()
+    with pytest.raises(ShapeError, match="window \\+ sinks = 10"):
+        audit_model(llama(), student, windows(2, 11), parts=["losses", "far_gain"])
     assert report["beyond_reach"] == {}
     assert report["models"]["far_off"]["buckets"] != report["models"]["student"]["buckets"]
     assert report["verdict"] == [
