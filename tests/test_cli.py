@@ -295,6 +295,8 @@ def test_audit_writes_and_prints_what_audit_model_measures(
         assert report[part] == expected[part]
 
     assert "--force" in cli(*ask, "--out", out, code=1).stderr
+    gain = json.loads(cli(*ask, "--parts", "far_gain", "--context", 3, "--json").stdout)["far_gain"]
+    assert gain == audit_model(teacher, linattn.load(converted), tokens, parts=["far_gain"], context=3)["far_gain"]
     again = cli(*ask, "--out", out, "--force", "--parts", "cache,telemetry", "--json").stdout
     assert json.loads(again) == json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert not {"models", "recall", "speed"} & json.loads(again).keys()

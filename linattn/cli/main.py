@@ -403,6 +403,10 @@ def audit(
     control: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A trained window of equal bytes, to compare with as well.")
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="TOKENS", help="The far gain is beyond so many; default, those attended exactly."),
+    ] = None,
     distance: Annotated[
         list[int] | None,
         typer.Option(
@@ -478,6 +482,7 @@ def audit(
             parts=chosen,
             recall=recall,
             trained_control=models.get("control"),
+            context=context,
             lengths=sorted(decode_length) if decode_length else None,
             progress=watch,
         )
