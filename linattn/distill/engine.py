@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -295,7 +296,12 @@ def processes() -> PartialState:
     """The processes of this run: those that ``accelerate launch`` or torchrun started, or one."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    found = torch.distributed.is_available() and torch.distributed.is_initialized()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if not found and state.num_processes > 1:
+        # Left to the interpreter's end, the threads of the group may abort a process that has done all its work.
+        atexit.register(state.destroy_process_group)
+    return state
 
 
 def derived_seed(*parts: Any) -> int:

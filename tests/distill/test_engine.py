@@ -306,8 +306,11 @@ def test_accumulated_batches_are_one_large_one():
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_all_their_rows(tmp_path):
     code = f"""
-        import sys
+        import atexit, os, pathlib, sys
+        import torch
         sys.path[:0] = {HERE!r}
+        left = pathlib.Path(f"{tmp_path}/{{os.environ['RANK']}}.left")
+        atexit.register(lambda: left.write_text(str(torch.distributed.is_initialized())))  # after all others
         from linattn.distill.engine import processes
         from safetensors.torch import save_file
         from test_engine import *
@@ -321,6 +324,7 @@ def test_two_processes_train_as_one_on_all_their_rows(tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"{rank}.left").read_text() for rank in range(2)] == ["False", "False"]  # its threads can abort
     first, second = (load_file(tmp_path / f"{rank}.model") for rank in range(2))
     check_equal(first, second)
     assert [line["tokens"] for line in lines(tmp_path)] == [16 * step for step in range(1, 13)]
