@@ -125,17 +125,23 @@ def run(
     config: dict[str, Any], teacher: PreTrainedModel, folder: Path, base: Path, data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A variant's result, or why it has none."""
-    path = folder / "result.json"
-    if path.exists():
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["config"] == recipe.CONFIG | config:
-            return result
+    if (result := finished(config, folder)) is not None:
+        return result
     if not (folder / "align").exists() and (base / "result.json").exists() and _alike(config, base / "config.json"):
         shutil.copytree(base / "align", folder / "align")  # the same transfer of the same student
     try:
         return recipe.run(config, teacher, out=folder, log=_say, **data)
     except LinattnError as error:
         return {"config": config, "error": str(error).splitlines()[0]}
+
+
+def finished(config: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """The result of a variant that has run; None of one that has not, or with another config."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["config"] == recipe.CONFIG | config else None
 
 
 def in_parts(config: dict[str, Any], args: argparse.Namespace, folder: Path) -> None:
@@ -241,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record: dict[str, Any] = {}
         for name, config in chosen.items():
             print(name, flush=True)
-            if args.beside and not args.smoke:
+            if args.beside and not args.smoke and finished(config, out / _folder(name)) is None:
                 in_parts(config, args, out / _folder(name))
             result = run(config, teacher, out / _folder(name), base, data)
             if "error" in result:

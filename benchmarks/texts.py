@@ -56,7 +56,8 @@ def fetch(package: str, folder: Path) -> str:
     subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True, capture_output=True)
     (archive,) = folder.glob("*.deb")
     subprocess.run(["dpkg", "-x", archive, folder / "files"], check=True)
-    return subprocess.run(["dpkg-deb", "-f", archive, "Version"], check=True, capture_output=True, text=True).stdout
+    asked = subprocess.run(["dpkg-deb", "-f", archive, "Version"], check=True, capture_output=True, text=True)
+    return asked.stdout.strip()
 
 
 def documents(package: str, pattern: str, folder: Path) -> Iterator[dict[str, str]]:
@@ -142,7 +143,7 @@ def main() -> None:
         rows = []
         for package, pattern in TEXTS[name].items():
             with tempfile.TemporaryDirectory() as folder:
-                version = fetch(package, Path(folder)).strip()
+                version = fetch(package, Path(folder))
                 found = list(documents(package, pattern, Path(folder)))
             characters = sum(len(row["text"]) for row in found)
             print(f"{name:5} {package} {version}: {len(found):,} documents, {characters:,} characters", flush=True)

@@ -87,6 +87,14 @@ def test_the_parts_of_a_variant_get_its_config_and_all_that_was_asked(
     }
     assert command.count("--audit") == 2
 
+    folder.mkdir()
+    done = {"config": benchmark.recipe.CONFIG | config}
+    (folder / "result.json").write_text(json.dumps(done), encoding="utf-8")
+    benchmark.main([*data, *options, "--part", "0.5"])
+    assert len(called) == 1  # what is done is not done again
+    benchmark.main([*data, *options, "--part", "0.25"])
+    assert len(called) == 2
+
 
 @pytest.mark.slow
 def test_every_variant_runs_and_the_table_has_what_was_measured(
