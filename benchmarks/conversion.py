@@ -71,9 +71,10 @@ def variants() -> dict[str, dict[str, Any]]:
     recipes = {
         name: json.loads((CONFIGS / f"{file}.json").read_text(encoding="utf-8")) for name, file in RECIPES.items()
     }
-    hybrid, retained, lolcats = (recipes[name] for name in ("hybrid", "retained", "LoLCATs, cross-entropy"))
-    alone = {"control": False, "audit": {"lengths": hybrid["audit"]["lengths"], "tokens": ABLATION_TOKENS}}
-    base = hybrid | {"student": hybrid["student"] | {"window": 128}, "keep": 0} | alone
+    hybrid, pure, retained, lolcats = (recipes[n] for n in ("hybrid", "pure", "retained", "LoLCATs, cross-entropy"))
+    alone = {"control": False, "audit": {"lengths": pure["audit"]["lengths"], "tokens": ABLATION_TOKENS}}
+    bound = {"window": 128, "softmax_window": hybrid["student"]["softmax_window"]}
+    base = pure | {"student": pure["student"] | bound, "keep": 0} | alone
     transfers = [stage for stage in base["stages"] if stage["kind"] == "transfer"]
     rest = [stage for stage in base["stages"] if stage["kind"] != "transfer"]
 
