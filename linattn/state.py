@@ -45,6 +45,7 @@ class AttentionState:
             ring, older first, empty slots before them; their far keys where ``recent_far_k`` is. What is kept is not
             folded. None, like all that follow, where no tokens are retained.
         kept_score: ``[N, M, Hkv]`` float32 their scores, −∞ in an empty slot.
+        kept_at: ``[N, M, Hkv]`` int32 how many tokens came before each of them.
         kept_decay: ``[N, M, Hkv]`` float32 log-gates summed over the tokens since each of them, or None without decay.
         recent_score: ``[N, W, Hkv]`` float32 scores of the ring.
     """
@@ -65,6 +66,7 @@ class AttentionState:
     kept_v: Tensor | None = None
     kept_far_k: Tensor | None = None
     kept_score: Tensor | None = None
+    kept_at: Tensor | None = None
     kept_decay: Tensor | None = None
     recent_score: Tensor | None = None
 
@@ -102,6 +104,7 @@ class AttentionState:
             kept = {"kept_k": zeros(n, retained, h, head_dim, dtype=dtype)}
             kept["kept_v"] = zeros(n, retained, h, value_dim, dtype=dtype)
             kept["kept_score"] = torch.full((n, retained, h), -torch.inf, device=device)
+            kept["kept_at"] = zeros(n, retained, h, dtype=torch.int32)
             kept["recent_score"] = zeros(n, w, h, dtype=torch.float32)
             if far_head_dim is not None:
                 kept["kept_far_k"] = zeros(n, retained, h, far_head_dim, dtype=dtype)

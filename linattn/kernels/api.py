@@ -51,6 +51,8 @@ def kernel_attention(
     lookback: int = 0,
     retained: int = 0,
     scores: Tensor | None = None,
+    q_retained: Tensor | None = None,
+    retained_distance: int | None = None,
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
@@ -96,6 +98,9 @@ def kernel_attention(
             arXiv:2410.01805, trains such scores for evicting a cache.) Causal only.
         scores: ``[B, T, Hkv]`` floating point, what each token is worth keeping; read without gradients. With
             ``retained`` only.
+        q_retained: ``[B, T, H, D]`` what meets the ``k_far`` of retained tokens more than ``retained_distance`` tokens
+            back, which q and k have no part in any more: queries at that rotary distance, say, from keys before rotary
+            embedding. Both together, of an integer ≥ window.
         chunk_size: tokens per chunk of the chunked implementation.
         impl: ``"reference"`` (dense), ``"chunked"`` (PyTorch, O(T) memory), ``"triton"`` (GPU kernels; raises
             :class:`~linattn.errors.UnsupportedError` with the reason where they cannot run) or ``"auto"``: Triton
@@ -129,6 +134,8 @@ def kernel_attention(
         chunk_size=chunk_size,
         retained=retained,
         scores=scores,
+        q_retained=q_retained,
+        retained_distance=retained_distance,
     )
     return AttentionOutput(*dispatch(call, impl))
 

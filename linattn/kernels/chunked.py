@@ -139,13 +139,13 @@ def queries_of(call: Call, q: Tensor, features: Tensor | None, log_scale: Tensor
     """``[R, n · C, H, ·]`` to ``[R, h, n, G, C, ·]``."""
     h = call.k.shape[2]
     return Queries(
-        _split(q.to(call.sums), h, c),
-        None if features is None else _split(features, h, c),
-        None if log_scale is None else _split(log_scale, h, c),
+        split(q.to(call.sums), h, c),
+        None if features is None else split(features, h, c),
+        None if log_scale is None else split(log_scale, h, c),
     )
 
 
-def _split(x: Tensor, h: int, c: int) -> Tensor:
+def split(x: Tensor, h: int, c: int) -> Tensor:
     """``[R, n · C, H, ·]`` to ``[R, h, n, G, C, ·]``."""
     rows, width, heads = x.shape[:3]
     x = x.view(rows, width // c, c, h, heads // h, *x.shape[3:])
@@ -196,7 +196,7 @@ def _attend_chunks(call: Call) -> tuple[Tensor, AttentionState | None]:
     q_sink = None
     if call.q_sink is not None:
         blank = None if state is None else call.q.new_zeros(*state.recent_k.shape[:2], *call.q.shape[2:])
-        q_sink = _split(lay.place(call.q_sink, blank).to(sums), call.k.shape[2], c)
+        q_sink = split(lay.place(call.q_sink, blank).to(sums), call.k.shape[2], c)
     q_far, k_far = q, k
     if call.q_far is not None and call.k_far is not None:
         ring = None if state is None else state.recent_far_k
@@ -659,7 +659,7 @@ def step_sinks(call: Call, state: AttentionState, k: Tensor, v: Tensor) -> tuple
     at = state.length[:, None] + torch.arange(length, device=device)
     gap = (at[:, :, None] - first)[:, None, None]
     blocks = [x.to(sums).transpose(1, 2)[:, :, None] for x in (sink_k, sink_v)]
-    q_sink = None if call.q_sink is None else _split(call.q_sink.to(sums), call.k.shape[2], length)
+    q_sink = None if call.q_sink is None else split(call.q_sink.to(sums), call.k.shape[2], length)
     return sink_k, sink_v, Exact(blocks[0], blocks[1], gap >= call.window, q_sink)
 
 
@@ -677,7 +677,7 @@ def masked_step(
     def wipe(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.masked_fill(~per_row(x), 0)
 
-    names = ("q", "k", "v", "q_far", "k_far", "q_sink", "decay")
+    names = ("q", "k", "v", "q_far", "k_far", "q_sink", "q_retained", "decay")
     inputs: dict[str, Any] = {name: wipe(getattr(call, name)) for name in names}
     out, after = step(dataclasses.replace(call, **inputs, mask=None))
     out = torch.where(per_row(out), out, 0)

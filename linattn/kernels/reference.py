@@ -24,6 +24,7 @@ class Tokens(NamedTuple):
     positions: Tensor  # [T]
     clock: Tensor  # [T, Hkv], the running sum of decay, zero at the last token before the new ones
     scores: Tensor | None = None  # [T, Hkv], −∞ in empty slots
+    births: Tensor | None = None  # [T, Hkv], the positions of all, those in slots included
 
 
 def attend(call: Call) -> tuple[Tensor, AttentionState | None]:
@@ -159,6 +160,11 @@ def _attend_sequence(call: Call, n: int, row: int, queries: Tensor, keys: Tensor
         q_sink = call.q_sink[row, queries].to(sums)
         behind = torch.einsum("qhd,khd->hqk", q_sink, heads(t.k.to(sums))) * call.scale
         logits = torch.where(is_sink & (gap >= window), behind, logits)
+    if call.q_retained is not None and t.births is not None:
+        aged = kept & (at[:, None] - t.births.T[:, None] > call.retained_distance)  # [Hkv, Tq, Tk]
+        q_retained = call.q_retained[row, queries].to(sums)
+        afar = torch.einsum("qhd,khd->hqk", q_retained, heads(t.k_far.to(sums))) * call.scale
+        logits = torch.where(aged.repeat_interleave(groups, 0), afar, logits)
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     log_near = logits.masked_fill(~near, -torch.inf)
@@ -209,6 +215,7 @@ def _with_kept(call: Call, t: Tokens, old: Any, row: int, keys: Tensor) -> Token
         positions=torch.cat([t.positions.new_full((slots,), folded - 1), t.positions]),
         clock=torch.cat([kept_clock[:slots], t.clock]),
         scores=torch.cat([old.kept_score[0, :slots], scores]),
+        births=torch.cat([old.kept_at[0, :slots], t.positions[:, None].expand(scores.shape)]),
     )
 
 
@@ -264,6 +271,8 @@ def _fold(call: Call, old: AttentionState, t: Tokens, phi_k: Tensor, log_k: Tens
         kept = {"kept_k": slots(t.k), "kept_v": slots(t.v), "kept_score": slots(t.scores, -torch.inf)}
         kept["kept_far_k"] = None if call.k_far is None else slots(t.k_far)
         kept["kept_decay"] = None if call.decay is None else slots(end - t.clock)
+        assert t.births is not None
+        kept["kept_at"] = slots(t.births).int()
         kept["recent_score"] = last_tokens(t.scores)
     return AttentionState(
         kv=kv,

@@ -99,6 +99,7 @@ class Entries(NamedTuple):
         k, v, k_far: ``[R, L, Hkv, ·]``. clock: ``[R, Hkv, L]`` running log-decay, zero at the state's last token.
         expiry: ``[R, Hkv, L]``, ``NOBODYS`` for entries of no weight. order: ``[R, L − W − M, Hkv]`` entries by expiry.
         start: ``[R]`` entry of the first new token, None for 0.
+        positions: ``[R, L, Hkv]`` int64 tokens that came before each.
         lay: of the ring and the new tokens. fresh: of the new tokens alone.
     """
 
@@ -109,6 +110,7 @@ class Entries(NamedTuple):
     expiry: Tensor
     order: Tensor
     start: Tensor | None
+    positions: Tensor
     lay: Layout
     fresh: Layout
 
@@ -164,9 +166,11 @@ def _entries(call: Call) -> Entries:
     k_far = k if call.k_far is None else named(call.k_far, "far_k")
     scores = lay.place(call.scores, None if state is None else state.recent_score)
     scores = scores.masked_fill((lay.positions < call.sinks), -torch.inf)
+    positions = lay.positions.expand(scores.shape)
     start = clock = None
-    if state is not None and state.kept_score is not None:
+    if state is not None and state.kept_score is not None and state.kept_at is not None:
         scores = torch.cat([state.kept_score, scores], 1)
+        positions = torch.cat([state.kept_at.to(positions.dtype), positions], 1)
         start = retained + lay.past - lay.base
     if call.decay is not None:
         placed = lay.place(call.decay, None if state is None else state.recent_decay)
@@ -184,7 +188,7 @@ def _entries(call: Call) -> Entries:
     order = at.new_zeros(*ends.shape[:2], count + 1)
     order = order.scatter(2, (ends - lag).clamp_max(count).long(), at)[..., :count].transpose(1, 2)
     ends = ends.masked_fill(scores == -torch.inf, NOBODYS)
-    return Entries(k, v, k_far, clock, ends, order, start, lay, fresh)
+    return Entries(k, v, k_far, clock, ends, order, start, positions, lay, fresh)
 
 
 # ----------------------------------------------------------------------------------------------------------- near
@@ -229,6 +233,33 @@ def _near_of(call: Call, q: Tensor, starts: Tensor, k: Tensor, v: Tensor, ends: 
     seen = (index >= 0)[..., None, :] & (index[..., None, :] <= t[..., None]) & (t[..., None] < until[..., None, :])
     logits = softcapped((q.flatten(3, 4) * call.scale) @ keys.transpose(-1, -2), call.softcap).view(*q.shape[:5], -1)
     return _softmax(logits, seen[:, :, :, None], lambda p: (p.flatten(3, 4) @ values).view(*q.shape[:5], -1))
+
+
+def _by_age(call: Call, q: Tensor, e: Entries) -> tuple[Entries, tuple[Tensor, Entries] | None]:
+    """The entries as ``q [R, T, H, D]`` meets them; with ``q_retained``, those that have aged, as that meets them.
+
+    An entry ages at the query ``retained_distance`` + 1 tokens on: it expires for q by then, and stands there, its far
+    key in place of its key, in a row of entries of its own. Those that had aged before the call keep their slots.
+    """
+    if call.q_retained is None or (e.start is None and q.shape[1] <= call.retained_distance + 1):
+        return e, None
+    length, sizes = e.k.shape[1], e.expiry.shape
+    here = torch.arange(length, device=q.device)
+    aged = here + call.retained_distance + 1
+    if e.start is None:
+        first, to = aged.expand(sizes), aged.expand(sizes)
+    else:
+        origin = (e.start - e.lay.past)[:, None, None]  # the entry at which position 0 would be
+        slot = here < call.retained
+        first = torch.where(slot, e.positions.transpose(1, 2) + origin + call.retained_distance + 1, aged)
+        to = torch.where(slot & (first <= e.start[:, None, None]), here, first)
+    young = e._replace(expiry=torch.minimum(e.expiry, first).int())
+    source = here.new_full((*sizes[:2], length + 1), length).scatter(2, to.clamp_max(length), here.expand(sizes))
+    source = source[..., :length].transpose(1, 2)  # [R, L, Hkv]; those that age beyond the call are left out
+    there, source = source < length, source.clamp_max(length - 1)
+    k, v = (_of_heads(x, source) for x in (e.k_far.to(e.k.dtype), e.v))
+    ends = torch.where(there, _of_heads(e.expiry.transpose(1, 2), source), NOBODYS).transpose(1, 2)
+    return young, (e.fresh.place(call.q_retained), e._replace(k=k, v=v, expiry=ends))
 
 
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
@@ -411,7 +442,10 @@ def attend(call: Call, impl: str) -> tuple[Tensor, AttentionState | None]:
     out = empty
     if length:
         q = e.fresh.place(call.q)
-        parts = [_near(call, q, e, impl)]
+        young, old = _by_age(call, q, e)
+        parts = [_near(call, q, young, impl)]
+        if old is not None:
+            parts.append(_near(call, *old, impl))
         if sinks is not None:
             parts.append(_sinks_part(call, q, *sinks, e))
         if call.sink_logits is not None:
@@ -494,6 +528,7 @@ def _final_state(
         kept_v=slots(e.v),
         kept_far_k=None if call.k_far is None else slots(e.k_far),
         kept_score=slots(scores, -torch.inf),
+        kept_at=slots(e.positions, 0).int(),
         kept_decay=None if since is None else slots(since.transpose(1, 2)),
         recent_score=lay.gather(raw, ring_slots),
     )
@@ -541,7 +576,13 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
     def block(x: Tensor) -> Tensor:  # [N, E, h, ·] to [N, h, 1, E, ·]
         return x.to(sums).transpose(1, 2)[:, :, None]
 
-    exact = [Exact(block(kept_k), block(kept_v), held.transpose(1, 2)[:, :, None, None])]
+    kept_at, _ = contend(state.kept_at, at[:, :1, None].expand(-1, -1, k.shape[2]))
+    seen = held.transpose(1, 2)[:, :, None, None]  # [N, h, 1, 1, M]
+    exact = [Exact(block(kept_k), block(kept_v), seen)]
+    if call.q_retained is not None and kept_far is not None:
+        aged = (state.length[:, None, None] - kept_at > call.retained_distance).transpose(1, 2)[:, :, None, None]
+        q_aged = chunked.split(call.q_retained.to(sums), k.shape[2], 1)
+        exact = [exact[0]._replace(mask=seen & ~aged), Exact(block(kept_far), block(kept_v), seen & aged, q_aged)]
     if call.window:
         exact.append(Exact(block(k[:, 1:]), block(v[:, 1:]), there[:, None, None, None, 1:]))
     sink_k, sink_v = state.sink_k, state.sink_v
@@ -587,6 +628,7 @@ def _attend_step(call: Call) -> tuple[Tensor, AttentionState | None]:
         kept_v=kept_v,
         kept_far_k=kept_far,
         kept_score=kept_score,
+        kept_at=kept_at.int(),
         kept_decay=kept_decay,
         recent_score=score[:, 1:],
     )

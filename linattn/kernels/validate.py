@@ -61,6 +61,9 @@ class Call:
     retained: int = 0
     scores: Tensor | None = None
     """``[B, T, Hkv]`` float32, finite and without gradients, where tokens are retained."""
+    q_retained: Tensor | None = None
+    """What meets the far keys of retained tokens more than ``retained_distance`` tokens back instead of q and k."""
+    retained_distance: int = 0
 
     @property
     def sums(self) -> torch.dtype:
@@ -112,6 +115,8 @@ def resolve(
     chunk_size: int | None,
     retained: int = 0,
     scores: Tensor | None = None,
+    q_retained: Tensor | None = None,
+    retained_distance: int | None = None,
     checked: bool = False,
 ) -> Call:
     """Check the arguments of :func:`kernel_attention` and settle its defaults.
@@ -130,6 +135,7 @@ def resolve(
         ("mask", mask),
         ("cu_seqlens", cu_seqlens),
         ("scores", scores),
+        ("q_retained", q_retained),
     ):
         if t is not None:
             check_tensor(name, t, q.device)
@@ -226,6 +232,8 @@ def resolve(
 
     if retained or scores is not None:
         scores = _check_retained(retained, scores, (batch, length, kv_heads), feature_map, causal, cu_seqlens)
+    if q_retained is not None or retained_distance is not None:
+        _check_retained_queries(q_retained, retained_distance, retained, window, q, k_far)
 
     if lookback and not (return_state or state is not None):
         raise OptionError(f"lookback={lookback}: is a property of the returned state; pass return_state=True.")
@@ -271,6 +279,8 @@ def resolve(
         autocast=autocast_dtype(q),
         retained=retained,
         scores=scores,
+        q_retained=q_retained,
+        retained_distance=retained_distance or 0,
     )
 
 
@@ -394,6 +404,22 @@ def _check_retained(
         )
     limit = torch.finfo(torch.float32).max
     return scores.detach().float().nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
+
+
+def _check_retained_queries(
+    q_retained: Tensor | None, distance: int | None, retained: int, window: int, q: Tensor, k_far: Tensor | None
+) -> None:
+    if q_retained is None or distance is None:
+        raise OptionError("q_retained and retained_distance come together: pass both, or neither.")
+    if isinstance(distance, bool) or not isinstance(distance, int) or distance < window:
+        raise OptionError(f"retained_distance: got {distance!r}, expected an integer ≥ window={window}.")
+    if not retained or k_far is None:
+        raise OptionError(
+            f"q_retained: meets the far keys of retained tokens; got retained={retained} and "
+            f"k_far={'None' if k_far is None else 'a tensor'}; set both, or drop it."
+        )
+    _check_shape("q_retained", q_retained, tuple(q.shape))
+    _check_shape("k_far", k_far, (None, None, None, q.shape[-1]))
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int, mask: Tensor | None) -> None:

@@ -99,11 +99,17 @@ class Case:
     lookback: int = 0
     retained: int = 0
     """Tokens behind the window attended exactly, by scores of few values, so that some are equal."""
+    retained_distance: int = 0
+    """Tokens back from which on retained ones show other keys to other queries; 0 for never."""
     chunk_size: int = 8
 
     def __str__(self) -> str:
         fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
         return ",".join(f"{name}={value}".replace(" ", "") for name, value, default in fields if value != default)
+
+    @property
+    def far_dim(self) -> int:
+        return self.head_dim + int(self.far_inputs and not self.retained_distance)
 
     def tensors(self) -> dict[str, Tensor]:
         """Float64 tensors of the call by argument name."""
@@ -120,10 +126,12 @@ class Case:
             "v": normal(batch, keys, self.kv_heads, self.value_dim),
         }
         if self.far_inputs:
-            found["q_far"] = normal(batch, length, self.heads, self.head_dim + 1)
-            found["k_far"] = normal(batch, keys, self.kv_heads, self.head_dim + 1)
+            found["q_far"] = normal(batch, length, self.heads, self.far_dim)
+            found["k_far"] = normal(batch, keys, self.kv_heads, self.far_dim)
         if self.sink_queries:
             found["q_sink"] = normal(batch, length, self.heads, self.head_dim)
+        if self.retained_distance:
+            found["q_retained"] = normal(batch, length, self.heads, self.head_dim)
         shape = (self.kv_heads,) if self.decay == "constant" else (batch, length, self.kv_heads)
         if self.decay != "none":
             size = {"zero": 0.0, "constant": 0.1, "token": 0.3, "strong": 8.0}[self.decay]
@@ -149,6 +157,8 @@ class Case:
         if self.retained:
             shape, rng = (self.batch, self.length, self.kv_heads), torch.Generator().manual_seed(13)
             found |= {"retained": self.retained, "scores": torch.randint(9, shape, generator=rng).float()}
+        if self.retained_distance:
+            found["retained_distance"] = self.retained_distance
         return found
 
     def real_tokens(self) -> Tensor:
@@ -166,7 +176,7 @@ class Case:
         if not self.far:
             return None
         sizes: dict[str, Any] = {"num_features": self.features, "num_heads": self.heads, "num_kv_heads": self.kv_heads}
-        head_dim = self.head_dim + int(self.far_inputs)
+        head_dim = self.far_dim
         made = LogScaledMap(head_dim, strength=self.strength, **sizes) if self.strength else PlainMap(head_dim, **sizes)
         return made.double() if dtype == torch.float64 else made
 
@@ -297,6 +307,15 @@ def cases_of_retained() -> Iterator[Case]:
     for length in (1, 17):
         yield Case(**HYBRID, length=length, past=17, retained=4, decay="token", strength=2.0)
     yield Case(window=3, sinks=1, batch=3, past=8, retained=4, mask="scattered", decay="token", lookback=2)
+    aging: dict[str, Any] = {**HYBRID, "far_inputs": True, "retained": 6, "retained_distance": 9}
+    yield Case(**aging, length=30, decay="token", strength=2.0)
+    yield Case(**{**aging, **EXTRAS[-1], "decay": "strong"}, sink_queries=True, length=30, strength=2.0)
+    yield Case(**aging, batch=1, length=65, chunk_size=16)
+    yield Case(**{**aging, **DIMS[1], "retained_distance": 5}, length=30)
+    yield Case(**aging, batch=3, mask="empty", length=30, decay="constant")
+    for length in (1, 5, 30):
+        yield Case(**aging, length=length, past=17, decay="token", strength=2.0)
+    yield Case(**aging, batch=3, past=19, mask="scattered", decay="token", lookback=2)
 
 
 CASES = list(cases())

@@ -21,7 +21,7 @@ from linattn.testing.checks import check_same_state
 
 TOLERANCE = 1e-9
 KINDS = ("plain", "mask", "packed", "both", "both-mask", "both-packed", "cross")
-TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "mask", "scores")
+TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "q_retained", "mask", "scores")
 
 
 class RandomMap:
@@ -140,6 +140,9 @@ def draw(rng: random.Random) -> Call:
     if causal and lengths is None and not getattr(options["feature_map"], "positional", False) and rng.random() < 0.5:
         options["retained"] = rng.choice([1, 4, 15, 60])
         options["scores"] = torch.randint(rng.choice([2, 10**6]), (batch, length, kv_heads)).float()
+        if "k_far" in leaves and rng.random() < 0.5:
+            leaves["q_retained"] = leaf(*q_shape)
+            options["retained_distance"] = options["window"] + rng.choice([0, 1, 9])
     return Call(kind, leaves, options, lengths)
 
 

@@ -24,7 +24,7 @@ from linattn.testing.kernel import Case
 
 LENGTH, WINDOW, SINKS, RETAINED = 44, 4, 2, 7
 TOLERANCE: dict[str, float] = {"atol": 1e-10, "rtol": 1e-9}
-TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "decay", "mask", "scores")
+TOKENWISE = ("q", "k", "v", "q_far", "k_far", "q_sink", "q_retained", "decay", "mask", "scores")
 
 
 def by_heap(scores: list[float], window: int, retained: int) -> list[int]:
@@ -59,7 +59,8 @@ def by_token(case: Case, given: dict[str, Any]) -> Tensor:
     groups, phi = case.heads // case.kv_heads, given["feature_map"]
     out = torch.zeros(*given["q"].shape[:3], case.value_dim, dtype=torch.float64)
     if phi is not None:
-        (f_q, log_q), (f_k, log_k) = phi.forward_queries(given["q"]), phi.forward_keys(given["k"])
+        far_q, far_k = (given.get(f"{name}_far", given[name]) for name in "qk")
+        (f_q, log_q), (f_k, log_k) = phi.forward_queries(far_q), phi.forward_keys(far_k)
     for b in range(case.batch):
         real = [t for t in range(case.length) if "mask" not in given or given["mask"][b, t]]
         for h in range(case.heads):
@@ -73,7 +74,10 @@ def by_token(case: Case, given: dict[str, Any]) -> Tensor:
                 near = {*real[:SINKS], *real[max(place - WINDOW + 1, 0) : place + 1], *(-minus for _, minus in heap)}
                 weights, values = [], []
                 for i in real[: place + 1]:
-                    if i in near:
+                    if i in {-minus for _, minus in heap} and place - real.index(i) > (case.retained_distance or 10**6):
+                        afar = given["q_retained"][b, t, h] @ given["k_far"][b, i, g]
+                        weights.append((afar * (phi or HALF).scale).exp())
+                    elif i in near:
                         weights.append((given["q"][b, t, h] @ given["k"][b, i, g] * (phi or HALF).scale).exp())
                     elif phi is not None:
                         log = 0 if log_q is None else log_q[b, t, h] + log_k[b, i, g]
@@ -111,6 +115,7 @@ def base(**options: Any) -> Case:
         {"decay": "token", "strength": 1.0},
         {"mask": "scattered"},
         {"far": False},
+        {"mask": "scattered", "far_inputs": True, "retained_distance": 9},
     ],
     ids=str,
 )
@@ -159,7 +164,7 @@ def in_pieces(given: dict[str, Any], cuts: list[int], **more: Any) -> tuple[Tens
 def relative(state: AttentionState, like: AttentionState) -> list[Tensor]:
     """The sums of a state, as of the log-scale of another, and what it keeps."""
     factor = (state.log_scale - like.log_scale.detach()).exp()
-    kept = [getattr(state, name) for name in ("kept_k", "kept_v", "kept_decay", "recent_v", "sink_k")]
+    kept = [getattr(state, name) for name in ("kept_k", "kept_v", "kept_at", "kept_decay", "recent_v", "sink_k")]
     return [state.kv * factor[..., None, None], state.k * factor[..., None], *(x for x in kept if x is not None)]
 
 
@@ -174,6 +179,7 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "left": {"mask": "left", "batch": 3, "decay": "token"},
     "scattered": {"mask": "scattered", "batch": 3, "decay": "token", "strength": 2.0},
     "near-only": {"far": False},
+    "aging": {"far_inputs": True, "retained_distance": 9, "decay": "token", "mask": "left", "batch": 3},
     "short": {"length": 10, "decay": "token"},
 }  # fmt: skip
 
@@ -303,6 +309,16 @@ def test_none_retained_is_the_operator_as_it_was(impl: str) -> None:
     assert not torch.allclose(kernel_attention(**given, retained=RETAINED, scores=scores).out, out)
 
 
+def test_aged_tokens_that_show_the_same_to_the_same_are_as_they_were() -> None:
+    given = arguments(base(decay="token"), impl="chunked")
+    same = given | {"q_far": given["q"], "k_far": given["k"]}
+    aging = same | {"q_retained": given["q"], "retained_distance": WINDOW}
+    torch.testing.assert_close(run(aging, 0, LENGTH).out, run(same, 0, LENGTH).out, **TOLERANCE)
+    far = same | {"q_retained": 3 * given["q"], "retained_distance": LENGTH - 1}
+    assert torch.equal(run(far, 0, LENGTH).out, run(same, 0, LENGTH).out)
+    assert not torch.allclose(run(far | {"retained_distance": 20}, 0, LENGTH).out, run(same, 0, LENGTH).out)
+
+
 # ---------------------------------------------------------------------------------------------------------- state
 
 
@@ -348,21 +364,20 @@ def test_the_state() -> None:
 
 @pytest.mark.parametrize("steps", [1, 9])
 def test_compiles_as_one_graph(steps: int) -> None:
-    given = arguments(base(decay="token"), impl="chunked", feature_map=make("elu", 8))
+    aging = base(decay="token", far_inputs=True, retained_distance=9)
+    given = arguments(aging, impl="chunked", feature_map=make("elu", 8))
     past, stop = state_of(run(given, 0, 20)), 20 + steps
 
-    def attend(
-        state: AttentionState, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scores: Tensor
-    ) -> AttentionOutput:
+    def attend(state: AttentionState, **tensors: Tensor) -> AttentionOutput:
         return kernel_attention(
-            q, k, v, decay=decay, scores=scores, state=state, return_state=True, feature_map=given["feature_map"],
+            **tensors, state=state, return_state=True, feature_map=given["feature_map"], retained_distance=9,
             window=WINDOW, sinks=SINKS, retained=RETAINED, impl="chunked",
         )  # fmt: skip
 
-    pieces = [given[name][:, 20:stop] for name in ("q", "k", "v", "decay", "scores")]
+    pieces = {name: x[:, 20:stop] for name, x in given.items() if name in TOKENWISE}
     torch.compiler.reset()
-    out, state = torch.compile(attend, fullgraph=True, backend="eager")(past, *pieces)
-    want = attend(past, *pieces)
+    out, state = torch.compile(attend, fullgraph=True, backend="eager")(past, **pieces)
+    want = attend(past, **pieces)
     torch.testing.assert_close(out, want.out)
     assert state is not None
     check_same_state(state, state_of(want), 1e-12, "compiled", "a compiled step differs.")
@@ -380,6 +395,12 @@ class Positional:
     forward_keys = forward_queries
 
 
+AGING = {
+    "retained_distance": 9,
+    "q_retained": torch.zeros(2, LENGTH, 4, 8),
+    "q_far": torch.zeros(2, LENGTH, 4, 8),
+    "k_far": torch.zeros(2, LENGTH, 2, 8),
+}
 WRONG: list[tuple[type[LinattnError], str, dict[str, Any]]] = [
     (OptionError, "retained: got -1, expected an integer", {"retained": -1}),
     (OptionError, "retained: got True, expected an integer", {"retained": True}),
@@ -390,6 +411,10 @@ WRONG: list[tuple[type[LinattnError], str, dict[str, Any]]] = [
     (ShapeError, "scores: is on meta", {"scores": torch.zeros(2, LENGTH, 2, device="meta")}),
     (DtypeError, r"scores: got torch\.int64", {"scores": torch.zeros(2, LENGTH, 2, dtype=torch.int64)}),
     (DtypeError, "scores: got list", {"scores": [0.0]}),
+    (OptionError, "q_retained and retained_distance come together", {"retained_distance": 9}),
+    (OptionError, "retained_distance: got 3, expected an integer ≥ window=4", AGING | {"retained_distance": 3}),
+    (OptionError, "got retained=7 and k_far=None", AGING | {"q_far": None, "k_far": None}),
+    (ShapeError, r"q_retained: got shape \(2, 44, 2, 8\)", AGING | {"q_retained": torch.zeros(2, LENGTH, 2, 8)}),
     (UnsupportedError, "retained=7: .* causal by nature", {"causal": False, "return_state": False, "lookback": 0}),
     (UnsupportedError, "retained=7: Positional asks for positions", {"feature_map": Positional()}),
 ]

@@ -129,18 +129,24 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
     assert kernel_attention(x, x, x, feature_map=None, far=False, **options).out.shape == x.shape
 
 
-def test_pieces_equal_the_whole() -> None:
+@pytest.mark.parametrize("aging", [False, True], ids=["plain", "aging"])
+def test_pieces_equal_the_whole(aging: bool) -> None:
     """With a state between them, whose sums, slots and ring the kernels continue."""
     rng = torch.Generator().manual_seed(4)
     q, k, v, scores = (torch.randn(1, 50, *n, generator=rng).to(DEVICE) for n in ((4, 8), (2, 8), (2, 8), (2,)))
     options: dict[str, Any] = {"feature_map": make("elu", 8), "window": 4, "sinks": 2, "retained": 6, "impl": "triton"}
     options["decay"] = torch.tensor([-0.1, -0.01], device=DEVICE)
-    want = kernel_attention(q, k, v, scores=scores, **options).out
+    tensors = {"q": q, "k": k, "v": v, "scores": scores}
+    if aging:
+        tensors |= {"q_far": q.flip(3), "k_far": k.flip(3), "q_retained": 2 * q}
+        options["retained_distance"] = 11
+    want = kernel_attention(**tensors, **options).out
+    expected = kernel_attention(**{n: x.double() for n, x in tensors.items()}, **options | {"impl": "reference"}).out
+    torch.testing.assert_close(want.double(), expected, atol=2e-6, rtol=1e-5)
     state, outs = None, []
     for part in (slice(0, 19), slice(19, 20), slice(20, 50)):
-        out, state = kernel_attention(
-            q[:, part], k[:, part], v[:, part], scores=scores[:, part], state=state, return_state=True, **options
-        )
+        cut = {name: x[:, part] for name, x in tensors.items()}
+        out, state = kernel_attention(**cut, state=state, return_state=True, **options)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), want, atol=2e-6, rtol=1e-5)
 
