@@ -120,6 +120,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
     file = tmp_path / "plan.json"
     options = ("--feature-map", "elu", "--window", 7, "--keep-layers", "0,2-2", "--decay", "fixed", "--no-far-rope")
     options += ("--sink-distance", 63, "--softmax-window", 20, "--retained", 9, "--recency", 0.01, "--per-head")
+    options += ("--retained-distance", 99)
     text = cli("plan", bare, *options, "--output", file).stdout
     expected = linattn.plan_model(
         transformers.LlamaForCausalLM.from_pretrained(saved),
@@ -129,6 +130,7 @@ def test_plan_reads_no_weights_and_can_be_saved(saved: Path, tmp_path: Path) -> 
         decay="fixed",
         far_rope=False,
         sink_distance=63,
+        retained_distance=99,
         softmax_window=20,
         retained=9,
         recency=0.01,

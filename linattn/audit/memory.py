@@ -197,7 +197,7 @@ def equal_bytes_plan(student: PreTrainedModel, *, length: int | None = None, by_
     entries = plan.converted
     for layer in entries:
         layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
-        layer.retained, layer.per_head = 0, False
+        layer.retained, layer.retained_distance, layer.per_head = 0, None, False
     groups = (
         [([entry], each) for entry, each in zip(entries, budgets, strict=True)] if by_layer else [(entries, budget)]
     )

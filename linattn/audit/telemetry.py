@@ -186,7 +186,7 @@ def _teacher_masses(
     reaches = [planned.window + planned.retained + planned.sinks for planned in plan.converted]
     for planned in plan.converted:
         planned.feature_map, planned.feature_map_options, planned.decay, planned.far_rope = "elu", {}, None, True
-        planned.sink_distance, planned.retained = None, 0
+        planned.sink_distance, planned.retained, planned.retained_distance = None, 0, None
     seam = convert_model(teacher, plan=plan)
     try:
         layers = converted_layers(seam)

@@ -111,6 +111,9 @@ FarRope = Annotated[
 SinkDistance = Annotated[
     int | None, typer.Option(help="Tokens of rotary distance that sinks keep at most; default, any.", min=1)
 ]
+RetainedDistance = Annotated[
+    int | None, typer.Option(help="Tokens of rotary distance that retained tokens keep at most; default, any.", min=1)
+]
 KeepLayers = Annotated[
     str | None,
     typer.Option(metavar="LIST", help="Attention layers left softmax, by index: 0,5,10-12."),
@@ -136,6 +139,7 @@ PLAN_OPTIONS = (
     "per_head",
     "far_rope",
     "sink_distance",
+    "retained_distance",
     "keep_layers",
     "softmax_window",
     "native_sliding",
@@ -156,6 +160,7 @@ def plan(
     per_head: PerHead = False,
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
+    retained_distance: RetainedDistance = None,
     keep_layers: KeepLayers = None,
     softmax_window: SoftmaxWindow = None,
     native_sliding: NativeSliding = Sliding.keep,
@@ -187,6 +192,7 @@ def plan(
         per_head,
         far_rope,
         sink_distance,
+        retained_distance,
         keep_layers,
         softmax_window,
         native_sliding,
@@ -216,6 +222,7 @@ def convert(
     per_head: PerHead = False,
     far_rope: FarRope = True,
     sink_distance: SinkDistance = None,
+    retained_distance: RetainedDistance = None,
     keep_layers: KeepLayers = None,
     softmax_window: SoftmaxWindow = None,
     native_sliding: NativeSliding = Sliding.keep,
@@ -252,6 +259,7 @@ def convert(
         per_head,
         far_rope,
         sink_distance,
+        retained_distance,
         keep_layers,
         softmax_window,
         native_sliding,
@@ -857,6 +865,7 @@ def _plan_options(
     per_head: bool,
     far_rope: bool,
     sink_distance: int | None,
+    retained_distance: int | None,
     keep_layers: str | None,
     softmax_window: int | None,
     native_sliding: Sliding,
@@ -874,6 +883,7 @@ def _plan_options(
         "per_head": per_head,
         "far_rope": far_rope,
         "sink_distance": sink_distance,
+        "retained_distance": retained_distance,
         "keep_softmax": _indices(keep_layers or ""),
         "softmax_window": softmax_window,
         "native_sliding": native_sliding.value,

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,13 @@ from linattn.convert.plan import LayerPlan
 from linattn.convert.rotary import (
     FAR_ROPE,
     PROBE_ATTRIBUTE,
+    RETAINED_DISTANCE,
     SCORES,
     SINK_DISTANCE,
     TURNS_ATTRIBUTE,
     Rotation,
     Seen,
+    angles_for,
     angles_hold,
     rotation_of,
 )
@@ -84,6 +86,7 @@ class ConvertedAttention(nn.Module):
         native_window: the sliding window that the softmax attention had, or None: what training aims at.
         far_rope: False where the far branch reads queries and keys before rotary embedding.
         sink_distance: tokens of rotary distance that sinks behind the window keep at most, or None.
+        retained_distance: tokens of rotary distance that retained tokens keep at most, or None.
         keeps_far_keys: whether the state in a cache holds the window's keys before rotary embedding beside those after
             it. With ``far_rope=False`` they are turned back as they leave the window where the model's rotary module
             is known to make their angles; None until the layer's first call has told.
@@ -98,7 +101,7 @@ class ConvertedAttention(nn.Module):
         self.window, self.sinks, self.decay, self.causal = layer.window, layer.sinks, layer.decay, layer.causal
         self.retained, self.recency, self.repeats = layer.retained, layer.recency, layer.repeats
         self.native_window, self.far_rope = layer.native_window, layer.far_rope
-        self.sink_distance = layer.sink_distance
+        self.sink_distance, self.retained_distance = layer.sink_distance, layer.retained_distance
         self.far, self.bound = layer.feature_map is not None, layer.kind == "bound"
         self.keeps_far_keys: bool | None = self.far and not self.far_rope
         self.feature_map = make(
@@ -234,12 +237,33 @@ class ConvertedAttention(nn.Module):
             ConversionError: there is no ``rotation``.
         """
         assert self.sink_distance is not None
-        if rotation is None:
-            raise _without_rotation(*SINK_DISTANCE)
-        if rotation.angles is None:
+        if not _embeds(rotation, SINK_DISTANCE):
             return None
         at = _positions(q.shape[1], mask, cu_seqlens, state, q.device)
         return rotation.back(q, (at - self.sink_distance).clamp_min(0))
+
+    def moves_retained(self, tokens: float) -> bool:
+        """Whether retained tokens are met by :meth:`retained_queries` in sequences of so many tokens."""
+        return self.retained_distance is not None and self.retained > 0 and tokens - 1 > self.retained_distance
+
+    def retained_queries(self, q: Tensor, rotation: Rotation | None) -> Tensor | None:
+        """What meets, of queries ``[B, T, H, D]``, retained tokens more than P = ``retained_distance`` tokens back.
+
+        It meets their keys before rotary embedding, as if they were P tokens away.
+
+        Args:
+            rotation: the rotary embedding that q comes from.
+
+        Returns:
+            None where the layer embeds nothing.
+
+        Raises:
+            ConversionError: there is no ``rotation``.
+        """
+        assert self.retained_distance is not None
+        if not _embeds(rotation, RETAINED_DISTANCE):
+            return None
+        return rotation.nearer(q, self.retained_distance)
 
     def forward(
         self,
@@ -264,8 +288,8 @@ class ConvertedAttention(nn.Module):
             mask: ``[B, T]`` bool, True for real tokens.
             cu_seqlens: ``[N + 1]`` boundaries of packed sequences over the flattened ``B · T`` tokens.
             cache_layer: where the state is read from and stored to.
-            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs`, :meth:`sink_queries` and
-                :meth:`scores`.
+            rotation: the rotary embedding that q and k come from, for :meth:`far_inputs`, :meth:`sink_queries`,
+                :meth:`retained_queries` and :meth:`scores`.
             scores: ``[B, T, Hkv]`` instead of those; for values that are not the layer's own.
 
         Returns:
@@ -291,10 +315,12 @@ class ConvertedAttention(nn.Module):
                 f"retained={self.retained} tokens, which keeps those of one sequence per row; pad them instead."
             )
         plain = cache_layer is None and mask is None and cu_seqlens is None and softcap is None and sink_logits is None
-        exact = self.window if self.moves_sinks(shape[1]) else self.window + self.retained
+        moves = self.moves_sinks(shape[1]) or self.moves_retained(shape[1])
+        exact = self.window if moves else self.window + self.retained
         if plain and self.causal and not self.far and shape[1] <= exact:
             return softmax_attention(q, k, v, phi.scale)
-        q_far, k_far = self.far_inputs(q, k, rotation) if self.far and not self.far_rope else (None, None)
+        reads_far = self.far or (self.retained > 0 and self.retained_distance is not None)
+        q_far, k_far = self.far_inputs(q, k, rotation) if reads_far and not self.far_rope else (None, None)
         if cu_seqlens is not None:
             if cache_layer is not None:
                 raise UnsupportedError(
@@ -305,6 +331,7 @@ class ConvertedAttention(nn.Module):
             q_far, k_far = (None if t is None else t.reshape(1, -1, *t.shape[2:]) for t in (q_far, k_far))
             mask = None if mask is None else mask.reshape(1, -1)
         state = None if cache_layer is None else cache_layer.fetch(shape[1], q.device)
+        most = shape[1] if cache_layer is None else cache_layer.most_seen
         turns_back = False
         if cache_layer is not None and k_far is not None:
             turns_back = self.keeps_far_keys is False if state is None else state.recent_far_k is None
@@ -315,14 +342,16 @@ class ConvertedAttention(nn.Module):
                 )
             if state is not None and turns_back and cache_layer.positions is not None:
                 assert rotation is not None
-                state = _with_far_keys(state, cache_layer, rotation, shape[1])
+                state = _with_far_keys(state, cache_layer, rotation, shape[1], whole=self.moves_retained(most))
         if not self.retained:
             scores = None
         elif scores is None:
             scores = self.scores(k, v, rotation, mask=mask, state=state)
-        q_sink = None
-        if self.moves_sinks(shape[1] if cache_layer is None else cache_layer.most_seen):
+        q_sink = q_retained = None
+        if self.moves_sinks(most):
             q_sink = self.sink_queries(q, rotation, mask=mask, cu_seqlens=cu_seqlens, state=state)
+        if self.moves_retained(most):
+            q_retained = self.retained_queries(q, rotation)
         result = kernel_attention(
             q,
             k,
@@ -341,6 +370,8 @@ class ConvertedAttention(nn.Module):
             q_far=q_far,
             k_far=k_far,
             q_sink=q_sink,
+            q_retained=q_retained,
+            retained_distance=None if q_retained is None else self.retained_distance,
             causal=self.causal,
             mask=mask,
             cu_seqlens=cu_seqlens,
@@ -363,7 +394,9 @@ class ConvertedAttention(nn.Module):
         parts += [f"retained={self.retained}", f"recency={self.recency}"] * (self.score is not None)
         parts += [f"repeats={self.repeats}"] * (self.repeats > 1)
         parts += ["softmax"] if self.bound else [f"far_rope={self.far_rope}"]
-        return ", ".join(parts if self.sink_distance is None else [*parts, f"sink_distance={self.sink_distance}"])
+        parts += [f"sink_distance={self.sink_distance}"] * (self.sink_distance is not None)
+        parts += [f"retained_distance={self.retained_distance}"] * (self.retained_distance is not None)
+        return ", ".join(parts)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -374,9 +407,12 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _with_far_keys(
-    state: AttentionState, cache_layer: LinattnCacheLayer, rotation: Rotation, tokens: int
+    state: AttentionState, cache_layer: LinattnCacheLayer, rotation: Rotation, tokens: int, *, whole: bool
 ) -> AttentionState:
-    """The state with its keys before rotary embedding: those that may be read as far, and zeros for the rest."""
+    """The state with its keys before rotary embedding: those that may be read as far, and zeros for the rest.
+
+    ``whole``: all retained tokens' may be read.
+    """
     assert cache_layer.positions is not None
     ring, leaving = state.recent_k.shape[1], state.lookback + tokens
     positions, far = cache_layer.positions.to(state.recent_k.device), min(leaving, ring)
@@ -384,6 +420,9 @@ def _with_far_keys(
     state = dataclasses.replace(state, recent_far_k=nn.functional.pad(keys, [0, 0, 0, 0, 0, ring - far]))
     if (at := cache_layer.kept_positions) is None or state.kept_k is None or state.kept_score is None:
         return state
+    if whole:
+        keys = rotation.undo_at(state.kept_k.flatten(1, 2)[:, :, None], at.to(state.kept_k.device).flatten(1, 2))
+        return dataclasses.replace(state, kept_far_k=keys.view_as(state.kept_k))
     # As many as leave the window may take the place of the worst retained tokens.
     count = min(leaving, state.retained)
     worst = state.kept_score.argsort(dim=1, descending=True, stable=True)[:, -count:]  # [N, count, Hkv]
@@ -398,6 +437,17 @@ def _without_rotation(option: str, remedy: str) -> ConversionError:
         f"{option}: the layer was called without the rotary embedding to undo, which its attention module hands over "
         f"once a call. If that module attends several times a call, convert it with {remedy}."
     )
+
+
+def _embeds(rotation: Rotation | None, asked: tuple[str, str]) -> TypeGuard[Rotation]:
+    """Whether queries can be turned by ``rotation``: not where nothing is embedded.
+
+    Raises:
+        ConversionError: there is none; names the option that was ``asked`` for, and the remedy.
+    """
+    if rotation is None:
+        raise _without_rotation(*asked)
+    return rotation.angles is not None
 
 
 def _positions(
@@ -707,10 +757,11 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     handover: Handover = module.__dict__[CACHE_ATTRIBUTE]
     handover.layer, handover.spent = None if cache is None else adopt(cache, layer_idx), False
     converted: Any = module._modules[NAME]
-    if not converted.far_rope or converted.sink_distance is not None:
-        asked = SINK_DISTANCE if converted.far_rope else FAR_ROPE
+    with_angles = angles_for(converted)
+    if not converted.far_rope or with_angles is not None:
+        asked = FAR_ROPE if with_angles is None or not converted.far_rope else with_angles
         first = TURNS_ATTRIBUTE not in module.__dict__
-        rotation = rotation_of(module, args, kwargs, asked, with_angles=converted.sink_distance is not None)
+        rotation = rotation_of(module, args, kwargs, asked, with_angles=with_angles)
         if converted.keeps_far_keys is None and (first or not torch.compiler.is_compiling()):
             _settle_far_keys(converted, rotation)
         module.__dict__[ROTATION_ATTRIBUTE] = rotation

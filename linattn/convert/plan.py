@@ -58,6 +58,8 @@ class LayerPlan:
             sinks read them after it.
         sink_distance: tokens of rotary distance that sinks behind the window keep at most: a query at position t meets
             them as if it stood at min(t, sink_distance). None: their own distance.
+        retained_distance: tokens of rotary distance that retained tokens keep at most: a query further behind one meets
+            it as if it were so many tokens away. None: their own distance.
         notes: what changes beyond the attention itself.
     """
 
@@ -83,6 +85,7 @@ class LayerPlan:
     native_window: int | None = None
     far_rope: bool = True
     sink_distance: int | None = None
+    retained_distance: int | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -214,7 +217,8 @@ class ConversionPlan:
             if layer.sink_distance is not None:
                 notes = [*notes, f"sinks at most {layer.sink_distance} tokens away"]
             if layer.kind != "keep" and layer.retained:
-                notes = [*notes, f"{layer.retained} retained tokens"]
+                bound = "" if layer.retained_distance is None else f" at most {layer.retained_distance} tokens away"
+                notes = [*notes, f"{layer.retained} retained tokens{bound}"]
             if layer.kind != "keep" and layer.per_head:
                 notes = [*notes, "a state per query head"]
             if layer.kind == "bound":
@@ -244,6 +248,7 @@ def plan_model(
     per_head: bool | Sequence[bool] = False,
     far_rope: bool = True,
     sink_distance: int | None = None,
+    retained_distance: int | None = None,
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
@@ -271,6 +276,8 @@ def plan_model(
             none (``use_rope``) are left at True.
         sink_distance: bounds the rotary distance of sinks, which else grows beyond what a model was trained on; see
             :class:`LayerPlan`. Layers that say they have no rotary embedding are left at None.
+        retained_distance: bounds that of retained tokens alike: at least the window, with ``far_rope=False``. Layers
+            that retain none, or say they have no rotary embedding, are left at None.
         feature_map_options: options of the feature map. A map that takes a ``seed`` and is given none gets the layer's
             index, so that every layer draws its own.
         layers: indices of the attention layers to convert; default all that can be.
@@ -287,7 +294,7 @@ def plan_model(
 
     Raises:
         ConversionError: nothing can be converted, or a layer cannot, or it has no rotary embedding that the far branch
-            could do without, or sinks be brought nearer by; layer, class, reason and remedy are named.
+            could do without, or sinks or retained tokens come nearer by; layer, class, reason and remedy are named.
         OptionError: an option is outside its domain.
         FeatureMapError: the feature map is unknown, or refuses its options.
     """
@@ -300,6 +307,8 @@ def plan_model(
     alone = _each("per_head", per_head, len(entries))
     for each, pool, own in dict.fromkeys(zip(windows, pools, alone, strict=True)) or [(0, 0, False)]:
         _check_options(each, sinks, pool, recency, decay, own, far_rope, sink_distance, native_sliding, on_unsupported)
+    widest = max((each for each, pool in zip(windows, pools, strict=True) if pool), default=0)
+    _check_retained_distance(retained_distance, widest, max(pools, default=0), far_rope, feature_map is not None)
     bounds = _bounds(softmax_window, len(entries))
     keep_softmax = tuple(keep_softmax)
     chosen = None if layers is None else tuple(layers)
@@ -315,7 +324,7 @@ def plan_model(
             if layer.kind == "bound":
                 layer.sinks = sinks
                 if getattr(modules[layer.index], "use_rope", True):
-                    _settle_rope(layer, model, True, sink_distance)
+                    _settle_rope(layer, model, True, sink_distance, None)
         elif chosen is not None and layer.index not in chosen:
             layer.kind, layer.reason = "keep", "not among the layers asked for"
         elif not layer.supported:
@@ -326,7 +335,7 @@ def plan_model(
             layer.retained, layer.recency, layer.per_head = pools[layer.index], recency, alone[layer.index]
             _fill(layer, feature_map, feature_map_options or {}, windows[layer.index], sinks, decay)
             if getattr(modules[layer.index], "use_rope", True):
-                _settle_rope(layer, model, far_rope, sink_distance)
+                _settle_rope(layer, model, far_rope, sink_distance, retained_distance if layer.retained else None)
     plan = ConversionPlan(model.config.model_type, entries)
     # A layer that is linear already is no obstacle to converting the others.
     blocking = [layer for layer in refused if layer.reason != LINEAR]
@@ -386,22 +395,28 @@ def _leave(layer: LayerPlan, reason: str, window: int | None) -> None:
     if window is not None and layer.supported and layer.native_window is None:
         layer.kind, layer.window = "bound", window
         layer.feature_map, layer.feature_map_options, layer.decay, layer.far_rope = None, {}, None, True
-        layer.retained, layer.per_head = 0, False
+        layer.retained, layer.retained_distance, layer.per_head = 0, None, False
 
 
-def _settle_rope(layer: LayerPlan, model: PreTrainedModel, far_rope: bool, sink_distance: int | None) -> None:
-    from linattn.convert.rotary import SINK_DISTANCE, embedding_of, rotary_of
+def _settle_rope(
+    layer: LayerPlan,
+    model: PreTrainedModel,
+    far_rope: bool,
+    sink_distance: int | None,
+    retained_distance: int | None,
+) -> None:
+    from linattn.convert.rotary import angles_for, embedding_of, rotary_of
 
+    layer.far_rope, layer.sink_distance, layer.retained_distance = far_rope, sink_distance, retained_distance
     module = model.get_submodule(layer.path)
     try:
         if not far_rope:
             embedding_of(module)
-        if sink_distance is not None:
-            embedding_of(module, SINK_DISTANCE)
-            rotary_of(model, layer.path)
+        if (asked := angles_for(layer)) is not None:
+            embedding_of(module, asked)
+            rotary_of(model, layer.path, asked)
     except ConversionError as error:
         raise ConversionError(f"{layer.path}: {error}") from error
-    layer.far_rope, layer.sink_distance = far_rope, sink_distance
 
 
 def _check_options(
@@ -459,6 +474,22 @@ def _check_sink_distance(sink_distance: int | None, sinks: int) -> None:
             raise OptionError("sink_distance: bounds the distance of sinks; set sinks > 0, or leave it None.")
 
 
+def _check_retained_distance(distance: int | None, window: int, retained: int, far_rope: bool, far: bool) -> None:
+    if distance is None:
+        return
+    if isinstance(distance, bool) or not isinstance(distance, int) or distance < window:
+        raise OptionError(f"retained_distance: got {distance!r}, expected None or an integer ≥ window = {window}.")
+    if not retained:
+        raise OptionError(
+            "retained_distance: bounds the distance of retained tokens; set retained > 0, or leave it None."
+        )
+    if far_rope or not far:
+        raise OptionError(
+            "retained_distance: needs the keys from before rotary embedding, which layers with a feature map and "
+            "far_rope=False have; set both, or leave it None."
+        )
+
+
 def _check_indices(argument: str, indices: Iterable[int], layers: list[LayerPlan]) -> None:
     wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(layers)]
     if wrong:
@@ -470,6 +501,11 @@ def _check_layer(layer: LayerPlan) -> None:
         raise ConversionError(f"The plan converts a layer that cannot be converted.\n{_refusals([layer])}")
     settled = (layer.window, layer.sinks, layer.retained, layer.recency, layer.decay, layer.per_head, layer.far_rope)
     _check_options(*settled, None, "keep", "error")
+    far = layer.feature_map is not None
+    try:
+        _check_retained_distance(layer.retained_distance, layer.window, layer.retained, layer.far_rope, far)
+    except OptionError as error:
+        raise OptionError(f"{layer.path}: {error}") from error
     if layer.retained and not layer.causal:
         raise ConversionError(
             f"retained: {layer.path} ({layer.attention}) is bidirectional, and nothing of it is behind; use retained=0."

@@ -2,8 +2,8 @@
 
 The inverse of an embedding is the family's own function with the angles negated, whatever its convention: halves or
 pairs, all of a head or a part of it, scaled or not. That a module's queries and keys are what this inverts, and nothing
-that comes after it, is tried out on the module itself before its first call. The angles by which queries are turned
-back some tokens, and the keys of a window as they leave it, are those that the model's own rotary module makes.
+that comes after it, is tried out on the module itself before its first call. The angles by which queries are brought
+nearer, and the keys of a window turned back as they leave it, are those that the model's own rotary module makes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ PROBE = 5
 
 FAR_ROPE = ("far_rope=False", "far_rope=True")
 SINK_DISTANCE = ("sink_distance", "sink_distance=None")
+RETAINED_DISTANCE = ("retained_distance", "retained_distance=None")
 SCORES = ("retained", "retained=0")
 """What a refusal names, and the remedy: options of a conversion that need to know the rotary embedding."""
 VARYING = ("dynamic", "longrope")
@@ -103,6 +104,20 @@ class Rotation:
         turned = self._turn(q, q[:, :, :0], cos * size, -sin * size)[0]
         return torch.where(tokens[..., None, None] > 0, turned, q)
 
+    def nearer(self, q: Tensor, distance: int) -> Tensor:
+        """What of queries ``[B, T, H, D]`` meets keys before the embedding as if those were ``distance`` tokens away.
+
+        Such keys lack the scale a of the embedding x ↦ a R(θ) x, and the queries have it twice. At what positions they
+        were called makes no difference.
+        """
+        assert self.angles is not None
+        wide = q.to(torch.promote_types(q.dtype, torch.float32))
+        at = torch.full((1, 1), distance, device=self.cos.device)
+        cos, sin = (x.to(q.device) for x in self.angles(wide.new_empty(0), at))
+        size = torch.sqrt(cos.square() + sin.square())
+        plain, none = self._undo(wide, wide[:, :, :0], self.cos, self.sin)
+        return self._turn(plain, none, cos * size, sin * size)[0].to(q.dtype)
+
     def _turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         q_first, k_first = (x.to(cos.dtype).transpose(1, 2) for x in (q, k))
         done = self.embed(q_first[..., : self.size], k_first[..., : self.size], cos, sin)
@@ -148,8 +163,11 @@ def _each(embed: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tenso
     return embed(q, cos, sin), embed(k, cos, sin)
 
 
-def rotary_of(model: nn.Module, path: str) -> nn.Module:
+def rotary_of(model: nn.Module, path: str, asked: tuple[str, str]) -> nn.Module:
     """The module that makes the angles of the attention module at ``path``: the nearest ``rotary_emb`` above it.
+
+    Args:
+        asked: the option that needs it, the remedy.
 
     Raises:
         ConversionError: there is none of a known form, or its frequencies depend on the sequence's length.
@@ -162,18 +180,24 @@ def rotary_of(model: nn.Module, path: str) -> nn.Module:
     takes = [] if rotary is None else list(inspect.signature(inspect.unwrap(type(rotary).forward)).parameters)[1:]
     if rotary is None or takes not in (["x", "position_ids"], ["x", "position_ids", "layer_type"]):
         raise ConversionError(
-            f"sink_distance: no module above {kind} makes its angles as rotary_emb(x, position_ids) does. Use "
-            "sink_distance=None."
+            f"{asked[0]}: no module above {kind} makes its angles as rotary_emb(x, position_ids) does. Use {asked[1]}."
         )
     rope_type: Any = getattr(rotary, "rope_type", None)
     if isinstance(rope_type, dict):
         rope_type = rope_type.get(_layer_type(module, getattr(module, "config", None)))
     if rope_type in VARYING:
         raise ConversionError(
-            f"sink_distance: the angles of {kind} (rope_type={rope_type!r}) depend on the sequence's length, and sinks "
-            "keep no distance. Use sink_distance=None."
+            f"{asked[0]}: the angles of {kind} (rope_type={rope_type!r}) depend on the sequence's length, and no token "
+            f"keeps its distance. Use {asked[1]}."
         )
     return rotary
+
+
+def angles_for(layer: Any) -> tuple[str, str] | None:
+    """What a layer, or its plan, needs the angles of other tokens for, and the remedy; None if for nothing."""
+    if layer.sink_distance is not None:
+        return SINK_DISTANCE
+    return None if layer.retained_distance is None else RETAINED_DISTANCE
 
 
 def _angles_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -191,12 +215,13 @@ def rotation_of(
     kwargs: dict[str, Any],
     asked: tuple[str, str] = FAR_ROPE,
     *,
-    with_angles: bool = False,
+    with_angles: tuple[str, str] | None = None,
 ) -> Rotation:
     """The rotary embedding that ``module``, called with these arguments, puts its queries and keys through.
 
     Args:
-        asked: the option that needs it, the remedy. with_angles: nothing goes without the angles of other tokens.
+        asked: the option that needs it, the remedy. with_angles: the same of what cannot go without the angles of other
+            tokens.
 
     Raises:
         ConversionError: it cannot be had from the arguments, or it is not what makes the queries and keys.
@@ -215,8 +240,8 @@ def rotation_of(
     positions = told if isinstance(told, Tensor) and told.ndim == 2 else None
     rotation = Rotation(embedding_of(module, asked), *pair, size=size, angles=_angles_of(module), positions=positions)
     if TURNS_ATTRIBUTE not in module.__dict__:
-        if with_angles:
-            verify_angles(module, rotation)
+        if with_angles is not None:
+            verify_angles(module, rotation, with_angles)
         verify(module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], rotation, asked)
     if module.__dict__.get(TURNS_ATTRIBUTE, True):
         return rotation
@@ -225,7 +250,7 @@ def rotation_of(
 
 
 @torch.compiler.disable
-def verify_angles(module: nn.Module, rotation: Rotation) -> None:
+def verify_angles(module: nn.Module, rotation: Rotation, asked: tuple[str, str]) -> None:
     """Compare the angles of the module's call with those that its rotary module makes at the positions of that call.
 
     Raises:
@@ -235,9 +260,9 @@ def verify_angles(module: nn.Module, rotation: Rotation) -> None:
         return
     told = rotation.positions is not None
     raise ConversionError(
-        f"sink_distance: {type(module).__name__} was called "
+        f"{asked[0]}: {type(module).__name__} was called "
         + ("with other angles than its rotary_emb makes" if told else "without position_ids [B, T] beside its angles")
-        + "; convert the model with sink_distance=None."
+        + f"; convert the model with {asked[1]}."
     )
 
 

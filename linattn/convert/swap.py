@@ -28,7 +28,7 @@ from linattn.convert.hf import (
     hand_over,
 )
 from linattn.convert.plan import ConversionPlan, LayerPlan, MapSpec, plan_model
-from linattn.convert.rotary import FAR_ROPE, ROTARY_ATTRIBUTE, SINK_DISTANCE, TURNS_ATTRIBUTE, embedding_of, rotary_of
+from linattn.convert.rotary import FAR_ROPE, ROTARY_ATTRIBUTE, TURNS_ATTRIBUTE, angles_for, embedding_of, rotary_of
 from linattn.convert.seam import find_attention
 from linattn.errors import CheckpointError, ConversionError, OptionError
 
@@ -50,6 +50,7 @@ def convert_model(
     per_head: bool | Sequence[bool] = False,
     far_rope: bool = True,
     sink_distance: int | None = None,
+    retained_distance: int | None = None,
     feature_map_options: dict[str, Any] | None = None,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] = (),
@@ -101,6 +102,7 @@ def convert_model(
         "per_head": per_head,
         "far_rope": far_rope,
         "sink_distance": sink_distance,
+        "retained_distance": retained_distance,
         "feature_map_options": feature_map_options,
         "layers": layers,
         "keep_softmax": keep_softmax,
@@ -196,7 +198,7 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
         module = model.get_submodule(path)
         module.add_module(NAME, child)
         module.__dict__[CACHE_ATTRIBUTE] = Handover()
-        if not child.far_rope or child.sink_distance is not None:
+        if not child.far_rope or angles_for(child) is not None:
             _attach_rotary(model, path, child)
         module.register_forward_pre_hook(hand_over, with_kwargs=True)
     for submodel in _submodels(model):
@@ -206,10 +208,11 @@ def _attach(model: PreTrainedModel, plan: ConversionPlan, children: dict[str, Co
 
 def _attach_rotary(model: PreTrainedModel, path: str, child: ConvertedAttention) -> None:
     """Hand the module that makes a layer's angles over; without one, the layer's states keep the keys it would need."""
+    asked = angles_for(child)
     try:
-        rotary = rotary_of(model, path)
+        rotary = rotary_of(model, path, asked or FAR_ROPE)
     except ConversionError:
-        if child.sink_distance is not None:
+        if asked is not None:
             raise
         return
     model.get_submodule(path).__dict__[ROTARY_ATTRIBUTE] = rotary
@@ -221,10 +224,11 @@ def _build(layer: LayerPlan, model: PreTrainedModel) -> ConvertedAttention:
     module = model.get_submodule(layer.path)
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
-    if not layer.far_rope or layer.sink_distance is not None:
-        embedding_of(module, SINK_DISTANCE if layer.far_rope else FAR_ROPE)
-    if layer.sink_distance is not None:
-        rotary_of(model, layer.path)
+    asked = angles_for(layer)
+    if not layer.far_rope or asked is not None:
+        embedding_of(module, FAR_ROPE if asked is None or not layer.far_rope else asked)
+    if asked is not None:
+        rotary_of(model, layer.path, asked)
     return ConvertedAttention(layer, device=device, dtype=dtype).train(module.training)
 
 

@@ -181,7 +181,7 @@ def resolve(
     if (q_far is None) != (k_far is None):
         raise OptionError("q_far and k_far come together: pass both, or neither to use q and k.")
     if q_far is not None and k_far is not None:
-        if not far:
+        if not far and not retained:
             raise OptionError("q_far and k_far feed the far branch; drop them, or set far=True.")
         _check_shape("q_far", q_far, (batch, length, heads, None))
         _check_shape("k_far", k_far, (batch, k.shape[1], kv_heads, q_far.shape[-1]))

@@ -311,6 +311,8 @@ def cases_of_retained() -> Iterator[Case]:
     yield Case(**aging, length=30, decay="token", strength=2.0)
     yield Case(**{**aging, **EXTRAS[-1], "decay": "strong"}, sink_queries=True, length=30, strength=2.0)
     yield Case(**aging, batch=1, length=65, chunk_size=16)
+    yield Case(**aging, length=30, far=False)
+    yield Case(**aging, length=7, past=17, far=False)
     yield Case(**{**aging, **DIMS[1], "retained_distance": 5}, length=30)
     yield Case(**aging, batch=3, mask="empty", length=30, decay="constant")
     for length in (1, 5, 30):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 import linattn
 from linattn import ConversionPlan, convert_model, plan_model, revert_model
 from linattn.audit import cache_bytes, equal_bytes_plan, far_off, near_off, retained_off, state_bytes
-from linattn.convert import ConvertedAttention, LinattnCacheLayer, prepare_cache, window_only
+from linattn.convert import ConvertedAttention, LinattnCacheLayer, hf, prepare_cache, window_only
 from linattn.convert.rotary import Rotation
 from linattn.errors import ConversionError, OptionError, UnsupportedError
 from linattn.kernels import kernel_attention
@@ -27,6 +27,7 @@ FORMS = {
     "no-far-rope": {"far_rope": False},
     "data-decay": {"far_rope": False, "decay": "data"},
     "near-sinks": {"far_rope": False, "decay": "fixed", "sink_distance": 19},
+    "near-retained": {"far_rope": False, "decay": "data", "retained_distance": 13},
     "window-only": {"feature_map": None},
     "log-scaled": {"feature_map": "favor+", "far_rope": False},
     "per-layer": {"retained": [0, 4, 13], "far_rope": False, "decay": "fixed"},
@@ -286,6 +287,12 @@ def test_a_bound_layer_retains_what_its_plan_gives_it(make_llama, tokens):
         ({"recency": float("nan")}, OptionError, "recency: got nan"),
         ({"recency": "slow"}, OptionError, "recency: got 'slow'"),
         ({"feature_map": "cosformer"}, OptionError, "retained: .*a position"),
+        ({"retained_distance": 4, "far_rope": False}, OptionError, "retained_distance: got 4, .* window = 5"),
+        ({"retained_distance": True, "far_rope": False}, OptionError, "retained_distance: got True"),
+        ({"retained_distance": 9.0, "far_rope": False}, OptionError, "retained_distance: got 9.0"),
+        ({"retained_distance": 9, "far_rope": False, "retained": 0}, OptionError, "retained_distance: .*retained > 0"),
+        ({"retained_distance": 9}, OptionError, "retained_distance: .*far_rope=False"),
+        ({"retained_distance": 9, "feature_map": None}, OptionError, "retained_distance: .*far_rope=False"),
     ],
 )
 def test_refusals_of_a_plan(make_llama, options, error, says):
@@ -313,11 +320,11 @@ def test_bytes_are_those_of_the_plan_at_every_length(model, tokens):
 
 
 def test_bytes_of_retained_tokens(make_llama):
-    """Key, value, score, position and summed decay of each head's tokens, and a score for the window's."""
+    """Key, value, score, both positions and summed decay of each head's tokens, and a score for the window's."""
     options = {"far_rope": False, "decay": "fixed"}
     plain, model = (convert_model(make_llama(), **options, window=5, retained=m) for m in (0, 9))
     more = state_bytes(model, 99).linear - state_bytes(plain, 99).linear
-    assert more == 3 * 2 * (9 * (2 * 8 + 3) + 5) * 4  # layers, key/value heads, 4 bytes each
+    assert more == 3 * 2 * (9 * (2 * 8 + 4) + 5) * 4  # layers, key/value heads, 4 bytes each
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
@@ -425,3 +432,149 @@ def test_tokens_to_be_looked_up_gain_a_bonus_for_all_heads_alike():
     torch.testing.assert_close(got, half.float()(k.bfloat16(), v.bfloat16()), rtol=0, atol=0)
     score.reset_parameters()
     assert not any(t.any() for name, t in score.state_dict().items() if "lookup" in name)
+
+
+P = 13
+BOUNDED = FAR | {"retained_distance": P}
+
+
+@pytest.fixture
+def passed(monkeypatch):
+    """What each call of the operator had of q_retained and retained_distance."""
+    found = []
+
+    def recorded(*args, **options):
+        found.append((options["q_retained"], options["retained_distance"]))
+        return kernel_attention(*args, **options)
+
+    monkeypatch.setattr(hf, "kernel_attention", recorded)
+    return found
+
+
+def inputs_of(model, ids, **options):
+    """Queries, keys and the other inputs of the first converted layer in a call of ``model``."""
+    seen = []
+    hook = layers_of(model)[0].register_forward_pre_hook(
+        lambda m, args, options: seen.append((*args[:2], options)), with_kwargs=True
+    )
+    logits(model, ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "yarn", "qwen3", "stablelm", "gpt-neox", "cohere"])
+def test_far_retained_tokens_are_met_as_the_family_embeds_them_that_far_away(families, name, passed):
+    """The first layer's hidden states know no position: at others, the model itself says what queries and keys are."""
+    family = families["llama" if name == "yarn" else name]
+    model = family.build(**({"rope_parameters": YARN} if name == "yarn" else {}))
+    layer = layers_of(convert_model(model.double(), **BOUNDED))[0]
+    ids = family.inputs(40)["input_ids"]
+    q, k, seen = inputs_of(model, ids)
+    used, distance = passed[0]
+    assert distance == P
+    far_q, _, _ = inputs_of(model, ids, position_ids=torch.full_like(ids, P))
+    _, far_k, _ = inputs_of(model, ids, position_ids=torch.zeros_like(ids))
+    _, plain = layer.far_inputs(q, k, seen["rotation"])
+
+    def products(queries, keys):
+        groups = queries.shape[2] // keys.shape[2]
+        return torch.einsum("bqhd,bkhd->bhqk", queries, keys.repeat_interleave(groups, 2))
+
+    want = products(far_q, far_k)
+    for got in (used, layer.retained_queries(q, seen["rotation"])):
+        torch.testing.assert_close(products(got, plain), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    half = layer.retained_queries(q.bfloat16(), seen["rotation"])
+    assert half.dtype == torch.bfloat16
+    assert (half - used).abs().max() <= 2 * torch.finfo(half.dtype).eps * used.abs().max()
+
+
+def test_the_distance_alone_counts_not_the_positions(make_llama, tokens):
+    model, free = (convert_model(make_llama().double(), **FAR, retained_distance=at) for at in (P, None))
+    want, mask = logits(model, tokens, use_cache=False), torch.ones_like(tokens)
+    shifted = torch.arange(50).expand(2, -1) + 7
+    got = logits(model, tokens, attention_mask=mask, position_ids=shifted, use_cache=False)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)  # angles are float32
+    assert not torch.allclose(want, logits(free, tokens, use_cache=False), rtol=1e-2, atol=1e-2)
+
+
+def test_nothing_is_moved_while_no_token_is_that_far(make_llama, tokens, passed):
+    model, free = (convert_model(make_llama(), **FAR, retained_distance=at) for at in (P, None))
+
+    def moved(*args, **options):
+        passed.clear()
+        logits(model, *args, **options)
+        assert len({found is None for pair in passed for found in pair}) == 1
+        return passed[0][0] is not None
+
+    assert torch.equal(logits(model, tokens[:, : P + 1]), logits(free, tokens[:, : P + 1]))
+    assert not moved(tokens[:, : P + 1], use_cache=False)
+    assert moved(tokens[:, : P + 2], use_cache=False)
+    cache = empty_cache(model)
+    assert not moved(tokens[:, :P], past_key_values=cache)
+    assert not moved(tokens[:, P : P + 1], past_key_values=cache)
+    assert moved(tokens[:, P + 1 : P + 2], past_key_values=cache)
+    with retained_off(model):
+        assert not moved(tokens, use_cache=False)
+
+
+def test_the_control_without_far_branch_has_the_same_distances(make_llama, tokens, passed):
+    model, free = (convert_model(make_llama().double(), **FAR, retained_distance=at) for at in (P, None))
+    with window_only(free):
+        unbounded = logits(free, tokens, use_cache=False)
+    for length in (P + 1, P + 2):  # shorter than window and retained tokens, which else are plain softmax
+        with window_only(model):
+            got = logits(model, tokens[:, :length], use_cache=False)
+        torch.testing.assert_close(got[:, : P + 1], unbounded[:, : P + 1], rtol=1e-9, atol=1e-9)
+    passed.clear()
+    with window_only(model):
+        want = logits(model, tokens, use_cache=False)
+        assert all(distance == P for _, distance in passed)
+        got, _ = read(model, tokens, [10, 1, 1, 20, 1])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(want, unbounded, rtol=1e-2, atol=1e-2)
+    assert {layer.retained_distance for layer in equal_bytes_plan(model).layers} == {None}
+
+
+def test_a_plan_says_how_far_and_older_ones_do_not(make_llama, families):
+    options = {"window": 5, "far_rope": False, "retained": [0, 4, 13], "retained_distance": P}
+    plan = plan_model(make_llama(), **options)
+    assert [layer.retained_distance for layer in plan.layers] == [None, P, P]
+    assert f"4 retained tokens at most {P} tokens away" in str(plan)
+    assert ConversionPlan.from_json(plan.to_json()) == plan
+    data = plan.to_dict()
+    for layer in data["layers"]:
+        del layer["retained_distance"]
+    assert {layer.retained_distance for layer in ConversionPlan.from_dict(data).layers} == {None}
+    plan.layers[2].far_rope = True
+    with pytest.raises(OptionError, match=r"layers\.2\.self_attn: retained_distance: .*far_rope=False"):
+        plan.check()
+    assert plan.keep(2, softmax_window=9).layers[2].retained_distance is None
+    without = plan_model(families["smollm3"].build(), **BOUNDED)
+    assert [layer.retained_distance for layer in without.layers] == [P, None]  # the second embeds nothing
+
+
+def test_it_is_shown_and_kept(make_llama, tokens, tmp_path):
+    model = convert_model(make_llama(), **BOUNDED)
+    assert f"retained_distance={P}" in repr(model)
+    model.save_pretrained(tmp_path)
+    again = linattn.load(tmp_path)
+    assert [layer.retained_distance for layer in layers_of(again)] == [P] * 3
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_a_distance_needs_the_angles(make_llama):
+    parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ConversionError, match=r"retained_distance: .*rope_type='dynamic'.*retained_distance=None"):
+        convert_model(make_llama(rope_parameters=parameters), **BOUNDED)
+    plan, alone = plan_model(make_llama(), **BOUNDED), make_llama()
+    del alone.model.rotary_emb
+    with pytest.raises(ConversionError, match="retained_distance: no module above"):
+        convert_model(alone, plan=plan)
+    model = convert_model(make_llama(), **BOUNDED)
+    attention, hidden = model.model.layers[0].self_attn, torch.randn(1, 20, 32)
+    angles = model.model.rotary_emb(hidden, torch.arange(20)[None])
+    call = {"hidden_states": hidden, "attention_mask": None, "position_embeddings": angles}
+    with pytest.raises(ConversionError, match=r"retained_distance: .*without position_ids"):
+        attention(**call)
+    with pytest.raises(ConversionError, match=r"retained_distance: .*with other angles"):
+        attention(**call, position_ids=torch.arange(1, 21)[None])
