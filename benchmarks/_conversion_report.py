@@ -33,7 +33,7 @@ def markdown(results: Results, *, smoke: bool) -> str:
     machines = dict.fromkeys(f"{result['device']}, {result['dtype']}" for result in done.values())
     about = "A tiny random model: these numbers mean nothing." if smoke else f"Measured on: {'; '.join(machines)}."
     sections = [["# Conversion: what each part is worth", "", about], *map(_losses, _by_text(done)), _gains(done)]
-    sections += [_recalls(done)]
+    sections += [_positions(done), _recalls(done)]
     failed = [f"Not run: {name}: {result['error']}" for name, result in results.items() if "error" in result]
     return "\n\n".join(["\n".join(lines) for lines in sections if lines] + failed) + "\n"
 
@@ -98,6 +98,32 @@ def _gains(done: Results) -> list[str]:
         "",
         *_table(["variant", "text", *OVER.values(), "far-gain ratio"], rows),
     ]
+
+
+def _positions(done: Results) -> list[str]:
+    """Of variants with a trained control; each bucket from the shortest windows that have it: they are most."""
+    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for name, result in done.items():
+        for row in sorted(result["audit"], key=lambda row: row["length"]):
+            for bucket in row.get("differences", {}).get("over_trained_control", ()):
+                place = f"{bucket['start']:,}–{bucket['stop']:,}"
+                found.setdefault((name, row["text"]), {}).setdefault(place, bucket)
+    if not found:
+        return []
+    places = sorted(
+        {place: bucket["start"] for by in found.values() for place, bucket in by.items()}.items(), key=_second
+    )
+    rows = [[name, text, *(_gain(by.get(place)) for place, _ in places)] for (name, text), by in found.items()]
+    return [
+        "Cross-entropy of the window of equal bytes, trained, less that of a variant, by position, in nats per token, "
+        "± s.e., of the shortest windows that have the position:",
+        "",
+        *_table(["variant", "text", *(place for place, _ in places)], rows),
+    ]
+
+
+def _second(pair: tuple[str, int]) -> int:
+    return pair[1]
 
 
 def _recalls(done: Results) -> list[str]:

@@ -424,6 +424,7 @@ def _audits(
                 row["by_position"] = {each: about["buckets"] for each, about in report["models"].items()}
                 row["bytes"] = {each: about["bytes"] for each, about in report["models"].items() if "bytes" in about}
                 row["beyond_reach"] = report["beyond_reach"]
+                row["differences"] = {each: found["buckets"] for each, found in report["differences"].items()}
                 log(f"audit {name} at {length:,}: " + ", ".join(f"{k} {v:.4f}" for k, v in row["losses"].items()))
             rows.append(row | {key: report[key] for key in ("far_gain", "verdict") if key in report})
     return rows

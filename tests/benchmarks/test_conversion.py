@@ -128,6 +128,9 @@ def test_every_variant_runs_and_the_table_has_what_was_measured(
             assert line.removesuffix(" |").split(" | ")[2:5] == told
     assert text.count("| — equal bytes, no training |") == len(found) - 3  # none of "broken" and the two "alone"
     assert text.count("| — equal bytes, trained |") == 4
+    (shortest, *_), _ = (row["differences"]["over_trained_control"] for row in results["hybrid"]["audit"])
+    (line,) = [line for line in text.splitlines() if line.startswith("| hybrid | random | ")]
+    assert line == f"| hybrid | random | {benchmark.report._gain(shortest)} |"
     assert f"Not run: broken: {results['broken']['error']}" in text
     assert (tmp_path / "results" / "conversion.png").stat().st_size > 0
 
