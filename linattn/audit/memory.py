@@ -256,11 +256,11 @@ def _layer_bytes(model: PreTrainedModel, layer: ConvertedAttention) -> int:
         window=layer.window,
         sinks=layer.sinks,
         retained=layer.retained,
-        far_head_dim=phi.head_dim if layer.far and layer.keeps_far_keys else None,
+        far_head_dim=phi.head_dim if layer.turns_keys and layer.keeps_far_keys else None,
         decay=layer.far and layer.decay is not None,
         dtype=_dtype(model, layer),
         repeats=layer.repeats,
-        turns_back=layer.far and not layer.far_rope and not layer.keeps_far_keys,
+        turns_back=layer.turns_keys and not layer.keeps_far_keys,
     )
 
 

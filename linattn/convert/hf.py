@@ -173,6 +173,11 @@ class ConvertedAttention(nn.Module):
         return rotation.undo(q, k)
 
     @property
+    def turns_keys(self) -> bool:
+        """Whether keys before rotary embedding are read: by the far branch, or of retained tokens far behind."""
+        return not self.far_rope and (self.far or (self.retained > 0 and self.retained_distance is not None))
+
+    @property
     def reach(self) -> int:
         """Tokens that are attended exactly."""
         return self.window + self.retained + self.sinks
@@ -319,8 +324,7 @@ class ConvertedAttention(nn.Module):
         exact = self.window if moves else self.window + self.retained
         if plain and self.causal and not self.far and shape[1] <= exact:
             return softmax_attention(q, k, v, phi.scale)
-        reads_far = self.far or (self.retained > 0 and self.retained_distance is not None)
-        q_far, k_far = self.far_inputs(q, k, rotation) if reads_far and not self.far_rope else (None, None)
+        q_far, k_far = self.far_inputs(q, k, rotation) if self.turns_keys else (None, None)
         if cu_seqlens is not None:
             if cache_layer is not None:
                 raise UnsupportedError(

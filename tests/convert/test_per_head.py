@@ -210,7 +210,9 @@ def test_bytes_are_those_of_the_cache(make_llama, retained, dtype, rope):
         assert state_bytes(model, length) == state_bytes(model, length, probe=length)
     more = (DIM * DIM + DIM + 1) * 4 + 4 * WINDOW  # sums with their log-scale, the window's log-gates
     if retained:
-        more += retained * (2 * DIM * dtype.itemsize + 4 + 4) + 4 * WINDOW  # pairs, scores, ages; the window's scores
+        more += (
+            retained * (2 * DIM * dtype.itemsize + 4 + 4 + 4) + 4 * WINDOW
+        )  # pairs, scores, places, ages; the window's scores
         more += retained * (4 if not rope else DIM * dtype.itemsize)  # positions, or keys before rotary embedding
     difference = state_bytes(model, 100).linear - state_bytes(plain, 100).linear
     assert difference == LAYERS * (HEADS - KV_HEADS) * more

@@ -325,6 +325,9 @@ def test_bytes_of_retained_tokens(make_llama):
     plain, model = (convert_model(make_llama(), **options, window=5, retained=m) for m in (0, 9))
     more = state_bytes(model, 99).linear - state_bytes(plain, 99).linear
     assert more == 3 * 2 * (9 * (2 * 8 + 4) + 5) * 4  # layers, key/value heads, 4 bytes each
+    bound = convert_model(make_llama(), **options, window=5, retained=9, retained_distance=20)
+    with far_off(bound):  # whose retained keys are turned back all the same
+        assert state_bytes(bound, 40) == state_bytes(bound, 40, probe=40)
 
 
 @pytest.mark.parametrize("by_layer", [True, False])
