@@ -102,28 +102,21 @@ def _gains(done: Results) -> list[str]:
 
 def _positions(done: Results) -> list[str]:
     """Of variants with a trained control; each bucket from the shortest windows that have it: they are most."""
-    found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    found: dict[tuple[str, str], dict[tuple[int, int], Mapping[str, Any]]] = {}
     for name, result in done.items():
         for row in sorted(result["audit"], key=lambda row: row["length"]):
             for bucket in row.get("differences", {}).get("over_trained_control", ()):
-                place = f"{bucket['start']:,}–{bucket['stop']:,}"
-                found.setdefault((name, row["text"]), {}).setdefault(place, bucket)
+                found.setdefault((name, row["text"]), {}).setdefault((bucket["start"], bucket["stop"]), bucket)
     if not found:
         return []
-    places = sorted(
-        {place: bucket["start"] for by in found.values() for place, bucket in by.items()}.items(), key=_second
-    )
-    rows = [[name, text, *(_gain(by.get(place)) for place, _ in places)] for (name, text), by in found.items()]
+    places = sorted({place for by in found.values() for place in by})
+    rows = [[name, text, *(_gain(by.get(place)) for place in places)] for (name, text), by in found.items()]
     return [
         "Cross-entropy of the window of equal bytes, trained, less that of a variant, by position, in nats per token, "
         "± s.e., of the shortest windows that have the position:",
         "",
-        *_table(["variant", "text", *(place for place, _ in places)], rows),
+        *_table(["variant", "text", *(f"{start:,}–{stop:,}" for start, stop in places)], rows),
     ]
-
-
-def _second(pair: tuple[str, int]) -> int:
-    return pair[1]
 
 
 def _recalls(done: Results) -> list[str]:
