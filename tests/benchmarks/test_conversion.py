@@ -167,6 +167,13 @@ def test_what_was_judged_on_other_windows_has_a_table_of_its_own(benchmark: Modu
     assert text.count("| teacher |") == 4
     assert f"of {other['recall']['teacher'][0]['prompts']} prompts" in text
 
+    # One answer of a teacher more is rounding, two are other prompts.
+    for more, tables in ((1, 1), (2, 2)):
+        close = copy.deepcopy(result)
+        close["recall"]["teacher"][0]["found"] += more
+        text = benchmark.report.markdown({name: result, "close": close}, smoke=False)
+        assert text.count(f"| of {result['recall']['teacher'][0]['prompts']} prompts |") == tables
+
 
 def test_recall_is_drawn_where_it_was_asked(benchmark: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
