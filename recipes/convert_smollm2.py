@@ -25,6 +25,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -391,33 +392,32 @@ def _audits(
     out: Path,
     log: Log,
 ) -> list[dict[str, Any]]:
-    """A report of each text at each length in ``out/audit``, and their main numbers; those written before are read.
+    """A report of each text at each length in ``out/audit``, and their main numbers; see :func:`_report`.
 
     All lengths cut the same first ``tokens`` of a text, so that a difference between them is one of length.
-    One that was written without a control that there is now is written anew. The far-gain ratio, of text beyond
-    ``context`` tokens or what the student attends exactly, is left out where that is more than half a window, and where
-    windows are longer than the teacher was made for.
+    The far-gain ratio, of text beyond ``context`` tokens or what the student attends exactly, is left out where that is
+    more than half a window, and where windows are longer than the teacher was made for.
     """
-    wanted = "trained_control" if control is not None and "losses" in options["parts"] else None
     context = options["context"] or _reach(student)
     rows = []
     for name, path in audits.items():
         for length in options["lengths"]:
-            folder = out / "audit" / f"{name}-{length}"
-            report = _read(folder / "report.json")
-            if report is None or (wanted is not None and wanted not in report.get("models", {})):
-                count = min(options["tokens"], _count(path) - 1) // length
-                if count < 2:
-                    log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
-                    continue
-                windows = Windows(path, length, seed=None)
-                tokens = torch.stack([windows[i] for i in range(count)])
-                fair = context <= min(2048, length // 2) and length <= (
-                    teacher.config.max_position_embeddings or length
-                )
-                parts = [part for part in options["parts"] if fair or part != "far_gain"]
-                report = audit_model(teacher, student, tokens, parts=parts, context=context, trained_control=control)
-                save_report(report, folder, title=f"{name}, windows of {length} tokens", plots=False)
+            count = min(options["tokens"], _count(path) - 1) // length
+            if count < 2:
+                log(f"audit {name}: {_count(path):,} tokens are no two windows of {length:,}; left out")
+                continue
+            windows = Windows(path, length, seed=None)
+            tokens = torch.stack([windows[i] for i in range(count)])
+            fair = context <= min(2048, length // 2) and length <= (teacher.config.max_position_embeddings or length)
+            parts = [part for part in options["parts"] if fair or part != "far_gain"]
+            report = _report(
+                out / "audit" / f"{name}-{length}",
+                {"text": _digest(tokens), "parts": parts, "context": context, "control": control is not None},
+                functools.partial(
+                    audit_model, teacher, student, tokens, parts=parts, context=context, trained_control=control
+                ),
+                title=f"{name}, windows of {length} tokens",
+            )
             row: dict[str, Any] = {"text": name, "length": length, "windows": report["windows"]}
             if "models" in report:
                 row["losses"] = {each: _mean(about["buckets"]) for each, about in report["models"].items()}
@@ -442,26 +442,47 @@ def _recall(
     log: Log,
 ) -> dict[str, Any]:
     """Recall by distance, by generation with the cache, of the models that audits compare; see ``linattn.audit``."""
-    folder = out / "audit" / "recall"
-    report = _read(folder / "report.json")
-    if report is None or (control is not None and "trained_control" not in report["recall"]):
-        tasks = text_tasks(lambda words: tokenizer.encode(words, add_special_tokens=False))
-        first = tokenizer.encode("a")[:1]
-        measure = functools.partial(
-            recall_by_distance,
-            tasks=[task for task in tasks if task.name in options["tasks"]],
-            text=Windows(text, _count(text), seed=None)[0],
-            distances=options["distances"],
-            prompts=options["prompts"],
-            prefix=first if first and first[0] in tokenizer.all_special_ids else [],
-        )
-        windows = Windows(text, 2 * _reach(student) + 2, seed=None)
-        tokens = torch.stack([windows[i] for i in range(2)])
-        report = audit_model(teacher, student, tokens, parts=["recall"], recall=measure, trained_control=control)
-        save_report(report, folder, title="recall by distance", plots=False)
+    tasks = text_tasks(lambda words: tokenizer.encode(words, add_special_tokens=False))
+    first = tokenizer.encode("a")[:1]
+    whole = Windows(text, _count(text), seed=None)[0]
+    measure = functools.partial(
+        recall_by_distance,
+        tasks=[task for task in tasks if task.name in options["tasks"]],
+        text=whole,
+        distances=options["distances"],
+        prompts=options["prompts"],
+        prefix=first if first and first[0] in tokenizer.all_special_ids else [],
+    )
+    windows = Windows(text, 2 * _reach(student) + 2, seed=None)
+    tokens = torch.stack([windows[i] for i in range(2)])
+    report = _report(
+        out / "audit" / "recall",
+        {"text": _digest(whole), **options, "control": control is not None},
+        functools.partial(
+            audit_model, teacher, student, tokens, parts=["recall"], recall=measure, trained_control=control
+        ),
+        title="recall by distance",
+    )
     for name, found in report["recall"].items():
         log(f"recall of {name}: " + ", ".join(f"{r['task']} {r['distance']:,}: {r['rate']:.2f}" for r in found))
     return report["recall"]
+
+
+def _report(
+    folder: Path, asked: Mapping[str, Any], audit: Callable[[], dict[str, Any]], *, title: str
+) -> dict[str, Any]:
+    """What ``audit`` reports, written to ``folder`` with what was ``asked``, or read there where that was the same."""
+    asked = json.loads(json.dumps(asked))
+    report = _read(folder / "report.json")
+    if report is None or report.get("asked") != asked:
+        report = audit() | {"asked": asked}
+        save_report(report, folder, title=title, plots=False)
+    return report
+
+
+def _digest(tokens: torch.Tensor) -> str:
+    """A name for these tokens that others do not have."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def _reach(student: PreTrainedModel) -> int:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import linattn
-from linattn.audit import by_position, equal_bytes_plan, token_losses
+from linattn.audit import audit_model, by_position, equal_bytes_plan, token_losses
 from linattn.distill import Windows
 from linattn.distill import logits as logits_module
 from linattn.distill import transfer as transfer_module
@@ -242,9 +242,39 @@ def test_recall_is_measured_of_all_models_and_read_again(recipe, tiny, files, tm
             ("passkey", 64, 2),
             ("passkey", 96, 2),
         ]
-    monkeypatch.setattr(recipe, "recall_by_distance", None)
-    recipe.main(command(tiny, files, tmp_path / "run", config))
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "audit_model", lambda *args, **options: pytest.fail("it is written already"))
+        recipe.main(command(tiny, files, tmp_path / "run", config))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["recall"] == found
+    config["audit"]["recall"] = asked | {"distances": [32]}
+    recipe.main(command(tiny, files, tmp_path / "run", config))
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["recall"]
+    assert {row["distance"] for rows in found.values() for row in rows} == {32}
+
+
+@pytest.mark.parametrize("change", [{"tokens": 80}, {"parts": ["losses"]}, {"context": 9}], ids=str)
+def test_an_audit_that_asks_for_something_else_is_made_again(recipe, tiny, files, tmp_path, monkeypatch, change):
+    teacher, _ = recipe.load_teacher(str(tiny), torch.float32, "cpu")
+    inputs = {"out": tmp_path, "train_data": files["dev"], "log": lambda line: None}
+    audit = {"lengths": [40], "tokens": 120, "parts": ["losses", "far_gain"], "context": 6}
+    config = CONFIG | {"keep": [], "audit": audit}
+    texts = {"held": files["dev"]}
+    before = recipe.run(config, teacher, audits=texts, **inputs)["audit"]
+    asked = []
+
+    def counted(*args, **options):
+        asked.append(options)
+        return audit_model(*args, **options)
+
+    monkeypatch.setattr(recipe, "audit_model", counted)
+    assert recipe.run(config, teacher, audits=texts, **inputs)["audit"] == before
+    assert not asked
+    after = recipe.run(config | {"audit": audit | change}, teacher, audits=texts, **inputs)["audit"]
+    assert len(asked) == 1
+    assert after != before
+    np.save(tmp_path / "other.npy", np.load(files["dev"])[::-1])
+    other = recipe.run(config, teacher, audits={"held": tmp_path / "other.npy"}, **inputs)["audit"]
+    assert other[0]["losses"]["teacher"] != before[0]["losses"]["teacher"]
 
 
 def test_parts_side_by_side_do_what_a_whole_run_does(recipe, tiny, files, tmp_path):
