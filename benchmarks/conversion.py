@@ -8,8 +8,8 @@ All variants train on the same tokens, through recipes/convert_smollm2.py: those
 softmax ("hybrid"), with none ("pure"), with retained tokens in place of the latter's wide windows ("retained"), and
 with more of them, chosen by what is looked up ("retained for recall"), all beside a window of equal bytes trained as
 they were; "pure" and "retained" with nothing far, the bytes of "pure" as windows layer by layer ("windows alone",
-"retained alone"); the recipe with windows of 128 in all layers and 0, 2 or 4 of them softmax, chosen by KL; that with
-none softmax less its transfer, its far target, its decay, with rotary embedding in the far branch, with weighted
+"retained alone"); the recipe with windows of 128 in all layers and 0, 2, 4 or 6 of them softmax, chosen by KL; that
+with none softmax less its transfer, its far target, its decay, with rotary embedding in the far branch, with weighted
 features, and with a state per query head in place of one per key/value head ("state per head"); and LoLCATs
 (arXiv:2410.10254), with cross-entropy as published, and with KL.
 The tokens are those that `linattn tokens` makes of the texts that benchmarks/texts.py fetches.
@@ -88,7 +88,7 @@ def variants() -> dict[str, dict[str, Any]]:
         **recipes,
         "retained alone": retained | {"student": exact | {"feature_map": None}, "control": False},
         BASE: base,
-        **{f"{BASE}, {count} layers softmax": base | {"keep": count} for count in (2, 4)},
+        **{f"{BASE}, {count} layers softmax": base | {"keep": count} for count in (2, 4, 6)},
         "no transfer": base | {"stages": rest},
         "no far target": base | {"stages": no_target + rest},
         "no decay": student(decay=None),
