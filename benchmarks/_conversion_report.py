@@ -210,12 +210,17 @@ def plot(results: Results, path: Path) -> bool:
             values = [result["audit"][at]["losses"].get(model, math.nan) for result in done.values()]
             ax.barh([i + 0.2 * (place - 1.5) for i in range(len(done))], values, 0.2, label=label)
             shown += [value for value in values if math.isfinite(value)]
-        low, high = min(shown), sorted(shown)[int(0.8 * (len(shown) - 1))]
+        low, high = min(shown), sorted(shown)[int(0.6 * (len(shown) - 1))]
         teacher = row["losses"]["teacher"]
         if teacher < high:  # longer windows than it was made for are off the chart
             ax.axvline(teacher, color="black", linestyle="--", label="teacher")
             low = min(low, teacher)
-        ax.set_xlim(low - 0.1 * (high - low), high + 0.3 * (high - low))
+        edge = high + 0.3 * (high - low)
+        ax.set_xlim(low - 0.1 * (high - low), edge)
+        for bar in ax.patches:
+            if bar.get_width() > edge:  # off the chart, so in words
+                y = bar.get_y() + bar.get_height() / 2
+                ax.annotate(f"{bar.get_width():.2f} ", (edge, y), ha="right", va="center", fontsize=7, color="white")
         ax.set_title(f"{row['text']}, windows of {row['length']:,}", fontsize=9)
         ax.set_xlabel("nats per token", fontsize=8)
     grid[0][0].set_yticks(range(len(done)), list(done))
