@@ -19,9 +19,11 @@ MODELS = {
     "trained_control": "window of equal bytes, trained",
     "control": "window of equal bytes, no training",
 }
+"""Models of a variant, and what the plot calls them."""
 UNTRAINED = {"control": "— equal bytes, no training", "layer_control": "— equal bytes layer by layer, no training"}
 """Windows beside a variant as they come from its teacher; the second where a variant's windows differ by layer."""
-"""Models of a variant, and what the plot calls them."""
+NEAR = 0.1
+"""Nats over the best variant within which a variant is on the chart with all that stands beside it."""
 RECALLED = {"student": "**{}**", "control": "— equal bytes, no training", "trained_control": "— equal bytes, trained"}
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -205,23 +207,27 @@ def plot(results: Results, path: Path) -> bool:
         len(texts), len(lengths), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for at, row in enumerate(rows):
-        ax, shown = grid[texts.index(row["text"])][lengths.index(row["length"])], []
+        ax = grid[texts.index(row["text"])][lengths.index(row["length"])]
+        losses = [result["audit"][at]["losses"] for result in done.values()]
+        best = min((each["student"] for each in losses if math.isfinite(each["student"])), default=math.inf)
+        near = [each for each in losses if each["student"] <= best + NEAR] or losses
+        shown = [each[model] for each in near for model in MODELS if math.isfinite(each.get(model, math.nan))]
         for place, (model, label) in enumerate(MODELS.items()):
-            values = [result["audit"][at]["losses"].get(model, math.nan) for result in done.values()]
+            values = [each.get(model, math.nan) for each in losses]
             ax.barh([i + 0.2 * (place - 1.5) for i in range(len(done))], values, 0.2, label=label)
-            shown += [value for value in values if math.isfinite(value)]
-        low, high = min(shown), sorted(shown)[int(0.6 * (len(shown) - 1))]
-        teacher = row["losses"]["teacher"]
-        if teacher < high:  # longer windows than it was made for are off the chart
+        low, high, teacher = min(shown), max(shown), row["losses"]["teacher"]
+        edge, title = high + 0.2 * (high - low), f"{row['text']}, windows of {row['length']:,}"
+        if teacher < edge:
             ax.axvline(teacher, color="black", linestyle="--", label="teacher")
             low = min(low, teacher)
-        edge = high + 0.3 * (high - low)
+        else:
+            title += f" (teacher {teacher:.2f})"
         ax.set_xlim(low - 0.1 * (high - low), edge)
         for bar in ax.patches:
             if bar.get_width() > edge:  # off the chart, so in words
                 y = bar.get_y() + bar.get_height() / 2
                 ax.annotate(f"{bar.get_width():.2f} ", (edge, y), ha="right", va="center", fontsize=7, color="white")
-        ax.set_title(f"{row['text']}, windows of {row['length']:,}", fontsize=9)
+        ax.set_title(title, fontsize=9)
         ax.set_xlabel("nats per token", fontsize=8)
     grid[0][0].set_yticks(range(len(done)), list(done))
     grid[0][0].invert_yaxis()
